@@ -1,0 +1,166 @@
+"""The shape of a LLaMA, and what it costs: parameters, FLOPs, memory - by arithmetic on Python's integers.
+
+Field names and defaults are those of Hugging Face's LlamaConfig, so a config.json reads as one of these.
+"""
+
+# B batch, T time, C hidden size, H heads, KH key/value heads, D head dim, F feed-forward dim, V vocabulary, L layers
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+ROPE_SCALING_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Everything that defines a LLaMA but its weights.
+
+    num_key_value_heads  None: as many as heads (multi-head attention); fewer: grouped-query attention
+    head_dim             None: hidden_size / num_attention_heads
+    rope_scaling         None, or Llama 3.1's: {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+    Raises ValueError with every bad field at once: its name, what came, what was wanted.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None and _is_count(self.num_attention_heads) and _is_count(self.hidden_size):
+            if self.hidden_size % self.num_attention_heads == 0:
+                object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if wrong := list(self._problems()):
+            raise ValueError("LlamaConfig: " + "; ".join(wrong))
+
+    def _problems(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+        bad = [name for name in sizes if not _is_count(getattr(self, name))]
+        for name in bad:
+            yield f"{name} = {getattr(self, name)!r}: wanted a whole number of at least 1"
+        if not bad and self.head_dim is None:
+            yield (
+                f"hidden_size = {self.hidden_size}: not divisible by num_attention_heads = "
+                f"{self.num_attention_heads}; choose one that is, or give head_dim"
+            )
+        if self.head_dim is not None and (not _is_count(self.head_dim) or self.head_dim % 2):
+            yield f"head_dim = {self.head_dim!r}: wanted an even whole number of at least 2 (RoPE turns pairs)"
+        if not bad and self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_key_value_heads = {self.num_key_value_heads}: wanted a divisor of "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
+        for name in ("initializer_range", "rms_norm_eps", "rope_theta"):
+            if not _is_positive(getattr(self, name)):
+                yield f"{name} = {getattr(self, name)!r}: wanted a finite number above 0"
+        if self.hidden_act != "silu":
+            yield f"hidden_act = {self.hidden_act!r}: wanted 'silu', the only one LLaMA uses"
+        yield from self._rope_problems()
+
+    def _rope_problems(self):
+        if self.rope_scaling is None:
+            return
+        if not isinstance(self.rope_scaling, dict):
+            yield f"rope_scaling = {self.rope_scaling!r}: wanted a table or nothing"
+            return
+        kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+        if kind != "llama3":
+            yield f"rope_scaling: rope_type = {kind!r}: wanted 'llama3'"
+            return
+        missing = [key for key in ROPE_SCALING_LLAMA3 if not _is_positive(self.rope_scaling.get(key))]
+        for key in missing:
+            yield f"rope_scaling: {key} = {self.rope_scaling.get(key)!r}: wanted a finite number above 0"
+        if not missing and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+            yield "rope_scaling: low_freq_factor must be below high_freq_factor"
+        for key in self.rope_scaling.keys() - {*ROPE_SCALING_LLAMA3, "rope_type", "type"}:
+            yield f"rope_scaling: unknown key {key!r}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as Hugging Face's config.json has them, with the keys its loaders ask for."""
+        fixed = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "float32"}
+        return fixed | dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
+        """The configuration in a config.json that `to_dict` wrote; keys that are no field of this class are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def parameter_count(self) -> int:
+        """How many weights: embedding, L blocks, the last norm, and the head unless tied to the embedding."""
+        C, F, V = self.hidden_size, self.intermediate_size, self.vocab_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = C * q + 2 * C * kv + q * C + (q + 2 * kv + C if self.attention_bias else 0)
+        mlp = 3 * C * F + (2 * F + C if self.mlp_bias else 0)
+        head = 0 if self.tie_word_embeddings else V * C
+        return V * C + self.num_hidden_layers * (attention + mlp + 2 * C) + C + head
+
+    def flops_per_token(self, context: int, *, training: bool = True) -> int:
+        """Floating-point operations per token at sequence length `context`, a multiply-add counting two.
+
+        Forward: 2 for every weight in a matrix product (the head included, the embedding's lookup not), and
+        4 D H per earlier token and layer for the causal scores and their use, (context + 1) / 2 of them on average.
+        Training adds the backward's two products per forward one: three times as much.
+        """
+        C, F, q = self.hidden_size, self.intermediate_size, self.num_attention_heads * self.head_dim
+        kv = self.num_key_value_heads * self.head_dim
+        block = 2 * (2 * C * q + 2 * C * kv + 3 * C * F) + 2 * q * (context + 1)
+        forward = self.num_hidden_layers * block + 2 * C * self.vocab_size
+        return 3 * forward if training else forward
+
+    def memory_estimate(self, batch: int, context: int) -> MemoryEstimate:
+        """Bytes a float32 training step of `batch` sequences of `context` tokens needs, by what each op saves."""
+        C, F = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        # Per token and layer: two norms' inputs and outputs, q, k, v, the attention's output and lse, gate, up and
+        # their product, and one rstd per norm.
+        saved = 4 * C + 2 * q + 2 * kv + self.num_attention_heads + 3 * F + 2
+        weights = 4 * self.parameter_count()
+        # The last norm's input and output, the head's dx; its dW lives from the forward of the loss on.
+        head = 3 * C * batch * context + self.vocab_size * C
+        activations = 4 * (batch * context * self.num_hidden_layers * saved + head)
+        return MemoryEstimate(weights, weights, 2 * weights, activations)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a float32 training step with AdamW."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")

@@ -1,0 +1,188 @@
+"""LLaMA, from the bottom up: rotary tables, attention, feed-forward, block, model.
+
+Attribute names are the keys of a Hugging Face checkpoint: `model.layers.0.self_attn.q_proj.weight`.
+Source: Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models".
+"""
+
+# B batch, T time, S keys seen so far, C channels, H heads, KH key/value heads, D head dim, F feed-forward, V vocabulary
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from entrenar import ops
+from entrenar.llama.config import LlamaConfig
+from entrenar.nn import Embedding, Linear, Module, RMSNorm
+from entrenar.tensor import Tensor
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians per position of each pair: theta^(-2i/D), i = 0..D/2-1; slowed for long wavelengths by llama3 scaling.
+
+    llama3: with wavelength w = 2 pi / f and L the original context, f stays where w < L/high, becomes f/factor where
+    w > L/low, and moves from one to the other in between.
+    Source: Su et al. 2021, "RoFormer"; the Llama 3.1 release for the scaling.
+    """
+    D = config.head_dim
+    f = config.rope_theta ** (-np.arange(0, D, 2, dtype=np.float64) / D)
+    if config.rope_scaling is None:
+        return f
+    factor, low, high, length = (
+        float(config.rope_scaling[key])
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    keep = np.clip((length * f / (2 * math.pi) - low) / (high - low), 0, 1)  # 1 short waves, 0 long ones
+    return (1 - keep) * f / factor + keep * f
+
+
+def rope_tables(config: LlamaConfig, length: int, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of position times frequency, both (length, D/2), computed in float64."""
+    angles = np.outer(np.arange(length, dtype=np.float64), rope_frequencies(config))
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+class KVCache:
+    """The keys and values of the tokens already read, per layer: (B, capacity, KH, D) each, filled from the left."""
+
+    def __init__(self, config: LlamaConfig, *, batch: int = 1, capacity: int | None = None,
+                 dtype: Any = np.float32) -> None:  # fmt: skip
+        capacity = config.max_position_embeddings if capacity is None else capacity
+        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+        self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
+        self.length, self.capacity = 0, capacity
+
+    def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Write k, v (B, T, KH, D) behind what is there; all keys and values so far, as views (B, S, KH, D)."""
+        end = self.length + k.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"KVCache: {end} tokens do not fit a capacity of {self.capacity}")
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class Attention(Module):
+    """Causal self-attention with grouped key/value heads.
+
+    q, k, v = x Wq, x Wk, x Wv in heads of D;  q, k turned by RoPE;  y = concat(softmax(q k^T / sqrt(D)) v) Wo
+    """
+
+    def __init__(self, config: LlamaConfig, layer: int, dtype: Any) -> None:
+        C, H, KH, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        std, bias = config.initializer_range, config.attention_bias
+        self.q_proj = Linear(C, H * D, bias=bias, std=std, dtype=dtype)
+        self.k_proj = Linear(C, KH * D, bias=bias, std=std, dtype=dtype)
+        self.v_proj = Linear(C, KH * D, bias=bias, std=std, dtype=dtype)
+        self.o_proj = Linear(H * D, C, bias=bias, std=_residual_std(config), dtype=dtype)
+        self.layer, self.head_dim = layer, D
+
+    def forward(self, x: Tensor, cos: np.ndarray, sin: np.ndarray, cache: KVCache | None = None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).reshape(B, T, -1, self.head_dim)  # (B, T, KH, D)
+        v = self.v_proj(x).reshape(B, T, -1, self.head_dim)  # (B, T, KH, D)
+        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        if cache is not None:
+            k, v = (Tensor(part) for part in cache.extend(self.layer, k.data, v.data))  # (B, S, KH, D)
+        y = ops.attention(q, k, v)  # (B, T, H, D)
+        return self.o_proj(y.reshape(B, T, -1))
+
+
+class MLP(Module):
+    """y = (silu(x Wgate) * (x Wup)) Wdown          (Shazeer 2020, "GLU Variants Improve Transformer")"""
+
+    def __init__(self, config: LlamaConfig, dtype: Any) -> None:
+        C, F, std, bias = config.hidden_size, config.intermediate_size, config.initializer_range, config.mlp_bias
+        self.gate_proj = Linear(C, F, bias=bias, std=std, dtype=dtype)
+        self.up_proj = Linear(C, F, bias=bias, std=std, dtype=dtype)
+        self.down_proj = Linear(F, C, bias=bias, std=_residual_std(config), dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(Module):
+    """x = x + attention(norm(x));  x = x + mlp(norm(x))"""
+
+    def __init__(self, config: LlamaConfig, layer: int, dtype: Any) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, layer, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype)
+
+    def forward(self, x: Tensor, cos: np.ndarray, sin: np.ndarray, cache: KVCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(Module):
+    """Embedding, blocks, last norm: ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any) -> None:
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=config.initializer_range, dtype=dtype)
+        self.layers = [Block(config, layer, dtype) for layer in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+
+
+class Llama(Module):
+    """The whole model, for a configuration; weights drawn from `entrenar.random`.
+
+    Weights start from N(0, initializer_range^2); those that write into the residual stream (o_proj, down_proj) are
+    smaller by 1/sqrt(2 L), so that the stream's variance does not grow with depth (Radford et al. 2019).
+
+    checkpointing   forget each block's activations and compute them again in backward: less memory, more time
+    """
+
+    def __init__(self, config: LlamaConfig, *, checkpointing: bool = False, dtype: Any = np.float32) -> None:
+        self.config, self.checkpointing = config, checkpointing
+        self.model = Decoder(config, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, std=config.initializer_range, dtype=dtype)
+        self.rope = rope_tables(config, 0, dtype)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix that turns hidden states into logits (V, C): the embedding's own when tied."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def hidden(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, C) after the last norm; with a cache, ids continue what it holds."""
+        ids = np.asarray(ids)
+        if ids.ndim != 2:
+            raise ValueError(f"Llama: ids must be (batch, time), got shape {ids.shape}")
+        start = cache.length if cache is not None else 0
+        cos, sin = self._rope(start, start + ids.shape[1])
+        x = self.model.embed_tokens(ids)
+        for block in self.model.layers:
+            x = ops.checkpoint(block, x, cos, sin) if self.checkpointing and cache is None else block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.model.norm(x)
+
+    def forward(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> logits (B, T, V)"""
+        return ops.linear(self.hidden(ids, cache), self.head_weight)
+
+    def loss(self, ids: np.ndarray, targets: np.ndarray, *, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of predicting targets (B, T), -100 ignored, from ids (B, T). Never holds the logits."""
+        x = self.hidden(ids)
+        rows = x.reshape(-1, self.config.hidden_size)
+        return ops.linear_cross_entropy(rows, self.head_weight, np.asarray(targets).reshape(-1), reduction=reduction)
+
+    def _rope(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows start..end of the tables, which grow on demand up to the model's context."""
+        limit, have = self.config.max_position_embeddings, len(self.rope[0])
+        if end > limit:
+            raise ValueError(f"Llama: position {end - 1} is beyond max_position_embeddings = {limit}")
+        if end > have:
+            length = min(limit, max(end, 2 * have, 256))
+            self.rope = rope_tables(self.config, length, self.head_weight.dtype)
+        cos, sin = self.rope
+        return cos[start:end], sin[start:end]
+
+
+def _residual_std(config: LlamaConfig) -> float:
+    return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)

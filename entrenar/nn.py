@@ -1,0 +1,156 @@
+"""Layers: parameters with a forward. A Module is a tree of named tensors; names are the keys of its checkpoint.
+
+Leaves out: everything that knows what a LLaMA is (`entrenar/llama`), and how parameters are updated (`optim.py`).
+"""
+
+# B batch, T time, I features in, O features out, C channels, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from entrenar import ops, random
+from entrenar.state import check_fits
+from entrenar.tensor import Tensor
+
+
+class Module:
+    """A tree: tensors that require a gradient are its parameters, modules (and lists of them) its children.
+
+    Attribute names, joined by dots, are the names of the parameters: `model.layers.0.mlp.up_proj.weight`.
+    """
+
+    training = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} must define forward()")
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) one level down, in the order of definition; the items of a list count one by one."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                for i, item in enumerate(value):
+                    if isinstance(item, Module):
+                        yield f"{name}.{i}", item
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every parameter of the tree, each tensor once, under its first name."""
+        seen: set[int] = set()
+        for name, tensor in self._named_tensors(prefix):
+            if tensor.requires_grad and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+    def parameters(self) -> list[Tensor]:
+        return [tensor for _, tensor in self.named_parameters()]
+
+    def _named_tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                yield prefix + name, value
+        for name, child in self.children():
+            yield from child._named_tensors(f"{prefix}{name}.")
+
+    def zero_grad(self) -> None:
+        """Forget every gradient."""
+        for tensor in self.parameters():
+            tensor.grad = None
+
+    def train(self, mode: bool = True) -> Module:
+        """Training behaviour (dropout on) for the whole tree; `eval()` is the opposite."""
+        self.training = mode
+        for _, child in self.children():
+            child.train(mode)
+        return self
+
+    def eval(self) -> Module:
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Every tensor by name: the arrays themselves, not copies."""
+        return {name: tensor.data for name, tensor in self._named_tensors()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Copy arrays into the tensors of these names, converting to each tensor's own type.
+
+        Raises ValueError, before anything is changed, with every missing, unexpected and misshapen name at once.
+        """
+        own = dict(self._named_tensors())
+        check_fits(f"{type(self).__name__}.load_state_dict", state, {name: tensor.data for name, tensor in own.items()})
+        for name, tensor in own.items():
+            tensor.data[...] = state[name]
+
+
+def normal(*shape: int, std: float, dtype: Any = np.float32) -> Tensor:
+    """A parameter drawn from N(0, std^2) out of `entrenar.random`."""
+    values = random.generator().standard_normal(shape, dtype=np.float32)
+    return Tensor((values * np.float32(std)).astype(dtype, copy=False), requires_grad=True)
+
+
+class Linear(Module):
+    """y = x W^T + b          x (..., I)   weight W (O, I)   bias b (O,) or None   y (..., O)
+
+    W is drawn from N(0, std^2), std = 1/sqrt(I) unless given; b starts at zero.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float | None = None,
+                 dtype: Any = np.float32) -> None:  # fmt: skip
+        self.weight = normal(outputs, inputs, std=inputs**-0.5 if std is None else std, dtype=dtype)
+        self.bias = Tensor(np.zeros(outputs, dtype), requires_grad=True) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """y = W[ids]             ids (...) integers in 0..V-1   weight W (V, C)   y (..., C)"""
+
+    def __init__(self, rows: int, channels: int, *, std: float = 0.02, dtype: Any = np.float32) -> None:
+        self.weight = normal(rows, channels, std=std, dtype=dtype)
+
+    def forward(self, ids: np.ndarray) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
+class RMSNorm(Module):
+    """y = x / sqrt(mean(x^2) + eps) * w          x, y (..., C)   weight w (C,)
+
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-6, dtype: Any = np.float32) -> None:
+        self.weight = Tensor(np.ones(channels, dtype), requires_grad=True)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+class LayerNorm(Module):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * w + b          x, y (..., C)   weight w, bias b (C,)"""
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, dtype: Any = np.float32) -> None:
+        self.weight = Tensor(np.ones(channels, dtype), requires_grad=True)
+        self.bias = Tensor(np.zeros(channels, dtype), requires_grad=True)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class Dropout(Module):
+    """In training each element is zeroed with probability p, the others grow by 1/(1-p); otherwise y = x."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dropout(x, self.p, training=self.training)

@@ -1,0 +1,328 @@
+"""The engine alone, on ops defined here: what it records, walks, frees and refuses."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from entrenar.tensor import Op, Tensor, no_grad
+
+
+class Times(Op):
+    """y = a b"""
+
+    def forward(self, a, b):
+        self.save(a, b)
+        return a * b
+
+    def backward(self, dy):
+        a, b = self.saved
+        return dy * b if self.needs[0] else None, dy * a if self.needs[1] else None
+
+
+class Plus(Op):
+    """y = a + b, both gradients the very array that came in"""
+
+    def forward(self, a, b):
+        return a + b
+
+    def backward(self, dy):
+        return dy, dy
+
+
+def times(a, b):
+    return Times.apply(a, b)
+
+
+def plus(a, b):
+    return Plus.apply(a, b)
+
+
+def leaf(*values, dtype=np.float64):
+    return Tensor(np.array(values, dtype), requires_grad=True)
+
+
+def test_a_product_has_the_gradients_of_calculus():
+    x, y = leaf(2.0, 3.0), leaf(5.0, 7.0)
+    times(times(x, y), x).backward(np.array([1.0, 10.0]))
+    np.testing.assert_array_equal(x.grad, [2 * 2 * 5, 10 * 2 * 3 * 7])
+    np.testing.assert_array_equal(y.grad, [4, 90])
+
+
+def test_a_chain_of_20000_ops_needs_no_recursion_and_dies_without_the_collector():
+    x = leaf(1.0)
+    y = x
+    for _ in range(20_000):
+        y = plus(y, x)
+    gc.disable()
+    try:
+        op = weakref.ref(y.op)
+        y.backward()
+        assert x.grad == [20_001]
+        del y
+        assert op() is None
+    finally:
+        gc.enable()
+
+
+def test_an_unused_graph_dies_without_the_collector():
+    x = leaf(1.0)
+    y = x
+    for _ in range(20_000):
+        y = plus(y, x)
+    gc.disable()
+    try:
+        op = weakref.ref(y.op)
+        del y
+        assert op() is None
+    finally:
+        gc.enable()
+
+
+def test_activations_die_one_by_one_during_backward():
+    alive = []
+
+    class Watch(Op):
+        def forward(self, a):
+            kept = np.array(a)
+            self.save(kept)
+            alive.append(weakref.ref(kept))
+            return a + 0
+
+        def backward(self, dy):
+            counts.append(sum(ref() is not None for ref in alive))
+            return dy
+
+    counts, y = [], leaf(1.0)
+    for _ in range(4):
+        y = Watch.apply(y)
+    gc.disable()
+    try:
+        y.backward()
+    finally:
+        gc.enable()
+    assert counts == [4, 3, 2, 1]
+
+
+def test_gradients_accumulate_over_uses_and_over_calls():
+    x = leaf(3.0)
+    for _ in range(2):
+        plus(plus(x, x), times(x, x)).backward()
+    assert x.grad == [2 * (2 + 6)]
+
+
+def test_two_leaves_never_share_one_gradient_array():
+    x, y, dout = leaf(1.0, 2.0), leaf(3.0, 4.0), np.ones(2)
+    plus(x, y).backward(dout)
+    x.grad *= 5
+    np.testing.assert_array_equal(y.grad, [1, 1])
+    np.testing.assert_array_equal(dout, [1, 1])
+
+
+def test_a_gradient_that_is_the_saved_array_is_copied():
+    class Dot(Op):
+        def forward(self, a, b):
+            self.save(a, b)
+            return np.dot(a, b)
+
+        def backward(self, dy):
+            a, b = self.saved
+            return b, a  # right for dy = 1
+
+    x, y = leaf(1.0, 2.0), leaf(3.0, 4.0)
+    Dot.apply(x, y).backward()
+    x.grad *= 0
+    np.testing.assert_array_equal(y.data, [3, 4])
+
+
+def test_the_same_fresh_array_returned_twice_is_not_added_to_in_place():
+    class Twice(Op):
+        def forward(self, a, b):
+            return a + b
+
+        def backward(self, dy):
+            same = dy * 1
+            return same, same
+
+    x, y = leaf(1.0), leaf(1.0)
+    plus(Twice.apply(x, y), x).backward()
+    assert (x.grad, y.grad) == ([2], [1])
+
+
+def test_intermediate_gradients_are_summed_before_they_go_on():
+    x = leaf(2.0)
+    seen = []
+
+    class Look(Op):
+        def forward(self, a):
+            return a * 1
+
+        def backward(self, dy):
+            seen.append(dy.copy())
+            return dy
+
+    y = Look.apply(x)
+    plus(plus(y, y), times(y, y)).backward()
+    assert len(seen) == 1 and seen[0] == [6]
+
+
+def test_no_grad_records_and_saves_nothing():
+    x = leaf(1.0)
+    with no_grad():
+        y = times(x, x)
+    assert y.op is None and not y.requires_grad
+
+    @no_grad()
+    def f(x):
+        with no_grad():
+            pass
+        return times(x, x)
+
+    assert f(x).op is None
+    assert times(x, x).op is not None
+
+
+def test_needs_is_false_where_nothing_is_recorded():
+    seen = []
+
+    class Needs(Op):
+        def forward(self, a, b):
+            seen.append(list(self.needs))
+            return a + b
+
+        def backward(self, dy):
+            return dy, None
+
+    Needs.apply(leaf(1.0), Tensor([1.0]))
+    with no_grad():
+        Needs.apply(leaf(1.0), leaf(1.0))
+    assert seen == [[True, False], [False, False]]
+
+
+@pytest.mark.parametrize(
+    "data, dtype",
+    [
+        ([1, 2], np.float32),
+        (3, np.float32),
+        (2.5, np.float32),
+        (True, np.float32),
+        (np.arange(3), np.float32),
+        (np.ones(3), np.float64),
+        (np.float64(3), np.float64),
+        (np.ones((), np.float16), np.float16),
+        (np.ones((0, 3), np.float32), np.float32),
+        (np.ones((4, 6))[::2, ::-3], np.float64),
+    ],
+)
+def test_floats_keep_their_type_and_the_rest_becomes_float32(data, dtype):
+    x = Tensor(data)
+    assert x.dtype == dtype and x.shape == np.shape(data)
+
+
+@pytest.mark.parametrize("data", ["text", [1j], None, {}, np.array(["a"])])
+def test_what_is_not_real_numbers_is_a_type_error(data):
+    with pytest.raises(TypeError, match="Tensor holds real numbers, got"):
+        Tensor(data)
+
+
+def test_a_tensor_of_a_tensor_names_detach():
+    with pytest.raises(TypeError, match="detach"):
+        Tensor(Tensor([1.0]))
+
+
+def test_backward_where_nothing_was_recorded():
+    with pytest.raises(RuntimeError, match="nothing was recorded"):
+        Tensor([1.0]).backward()
+    with no_grad():
+        y = times(leaf(1.0), leaf(1.0))
+    with pytest.raises(RuntimeError, match="nothing was recorded"):
+        y.backward()
+
+
+def test_backward_after_the_graph_was_freed():
+    x = leaf(1.0)
+    y = times(x, x)
+    y.backward()
+    with pytest.raises(RuntimeError, match=r"already freed by an earlier backward\(\) \(at Times\)"):
+        y.backward()
+
+
+def test_backward_from_a_shared_part_that_was_freed():
+    x = leaf(1.0)
+    shared = times(x, x)
+    plus(shared, x).backward()
+    with pytest.raises(RuntimeError, match="already freed"):
+        times(shared, x).backward()
+
+
+def test_backward_needs_a_gradient_of_the_right_shape_and_type():
+    y = times(leaf(1.0, 2.0), leaf(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"shape \(2,\) needs the gradient of its output"):
+        y.backward()
+    with pytest.raises(ValueError, match=r"dout has shape \(3,\), the tensor \(2,\)"):
+        y.backward(np.ones(3))
+    with pytest.raises(TypeError, match="dout must hold real numbers, got complex128"):
+        y.backward(np.ones(2) * 1j)
+    y.backward([1, 1])  # nothing above used the graph up
+
+
+def test_a_leaf_is_its_own_graph():
+    x = leaf(4.0)
+    x.backward()
+    assert x.grad == [1]
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        ((np.ones(2),), "returned 1 gradients for 2 inputs"),
+        ((np.ones(3), np.ones(2)), r"returned a gradient of shape \(3,\) for input 0 of shape \(2,\)"),
+        ((np.ones(2), None), "returned None for input 1, which needs a gradient"),
+    ],
+)
+def test_an_op_with_a_wrong_backward_is_named(result, message):
+    class Broken(Op):
+        def forward(self, a, b):
+            return a + b
+
+        def backward(self, dy):
+            return result
+
+    with pytest.raises(ValueError, match=f"Broken.backward {message}"):
+        Broken.apply(leaf(1.0, 2.0), leaf(1.0, 2.0)).backward(np.ones(2))
+
+
+def test_a_gradient_that_is_not_of_floats_is_named():
+    class Broken(Op):
+        def forward(self, a):
+            return a * 1
+
+        def backward(self, dy):
+            return dy.astype(int)
+
+    with pytest.raises(TypeError, match="Broken.backward returned a gradient of int64 for input 0 of float64"):
+        Broken.apply(leaf(1.0)).backward()
+
+
+def test_mixed_types_give_each_leaf_a_gradient_of_its_own_type():
+    x, y = leaf(2.0, dtype=np.float32), leaf(3.0)
+    times(x, y).backward()
+    assert x.grad.dtype == np.float32 and y.grad.dtype == np.float64
+
+
+def test_an_op_without_formulas_says_which_is_missing():
+    class Half(Op):
+        def forward(self, a):
+            return a * 1
+
+    with pytest.raises(TypeError, match="Half must define backward"):
+        Half.apply(leaf(1.0)).backward()
+    with pytest.raises(TypeError, match="Op must define forward"):
+        Op.apply(leaf(1.0))
+
+
+def test_repr_tells_value_type_and_origin():
+    assert repr(Tensor([1.0, 2.0])) == "Tensor([1., 2.])"
+    assert repr(leaf(1.0)) == "Tensor([1.], dtype=float64, requires_grad=True)"
+    assert repr(times(leaf(1.0), leaf(1.0))) == "Tensor([1.], dtype=float64, op=Times)"
