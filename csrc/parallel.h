@@ -1,0 +1,23 @@
+// How kernels use threads: over output rows, never over a sum, so that results are the same bits for every
+// number of threads. Without OpenMP the same source runs on one thread.
+#ifndef ENT_PARALLEL_H
+#define ENT_PARALLEL_H
+
+extern int ent_num_threads;  // set from Python (kernels.set_num_threads); lives in the dispatcher
+
+#ifdef _OPENMP
+#include <omp.h>
+#define ENT_PRAGMA(text) _Pragma(#text)
+#define PARALLEL_FOR(condition) \
+    ENT_PRAGMA(omp parallel for schedule(static) num_threads(ent_num_threads) if(condition))
+// Tasks of unequal length, taken as threads come free.
+#define PARALLEL_TASKS(condition) \
+    ENT_PRAGMA(omp parallel for schedule(dynamic) num_threads(ent_num_threads) if(condition))
+static inline int ent_thread(void) { return omp_get_thread_num(); }
+#else
+#define PARALLEL_FOR(condition) (void)(condition);
+#define PARALLEL_TASKS(condition) (void)(condition);
+static inline int ent_thread(void) { return 0; }
+#endif
+
+#endif

@@ -1,0 +1,97 @@
+"""Batches: windows of a long row of tokens, and the token that follows each.
+
+    inputs  (B, T)   tokens[s : s + T]
+    targets (B, T)   tokens[s + 1 : s + T + 1]
+
+Training takes each window of an epoch once, in random order; the next epoch cuts at another offset and shuffles
+anew. Evaluation walks in order and predicts every token exactly once.
+"""
+
+# B batch, T time (the context length)
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+IGNORE = -100  # a target that counts for nothing
+
+
+class Batches:
+    """An endless supply of training batches; where it stands is three numbers, fit for a checkpoint.
+
+    Raises ValueError where the tokens do not fill one window.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, batch_size: int, context: int, seed: int = 0) -> None:
+        if len(tokens) < context + 1:
+            raise ValueError(
+                f"the training text has {len(tokens)} tokens, too short for one window of context {context} + 1: "
+                f"give more text, or a context of at most {max(0, len(tokens) - 1)}"
+            )
+        self.tokens, self.batch_size, self.context, self.seed = tokens, batch_size, context, seed
+        self.epoch = self.position = 0
+        self.starts = self._shuffled()
+
+    def next(self) -> tuple[np.ndarray, np.ndarray]:
+        """The next inputs and targets, (B, T) int64 each. A batch may end one epoch and begin the next."""
+        chosen: list[int] = []
+        while len(chosen) < self.batch_size:
+            if self.position == len(self.starts):
+                self.epoch, self.position = self.epoch + 1, 0
+                self.starts = self._shuffled()
+            taken = self.starts[self.position : self.position + self.batch_size - len(chosen)]
+            self.position += len(taken)
+            chosen += taken.tolist()
+        windows = np.stack([self.tokens[s : s + self.context + 1] for s in chosen]).astype(np.int64)
+        return windows[:, :-1], windows[:, 1:]
+
+    def state(self) -> dict[str, Any]:
+        return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Stand where `state()` was taken (of the same tokens and context)."""
+        self.seed, self.epoch = int(state["seed"]), int(state["epoch"])
+        self.starts = self._shuffled()
+        self.position = int(state["position"])
+
+    def _shuffled(self) -> np.ndarray:
+        """Starts of this epoch's windows: cut side by side from a random offset on, in random order."""
+        random = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+        spare = len(self.tokens) - self.context - 1  # the last start that still fits
+        offset = int(random.integers(0, min(self.context, spare + 1)))
+        return random.permutation(np.arange(offset, spare + 1, self.context))
+
+
+def evaluation_windows(tokens: np.ndarray, *, first: int, context: int, stride: int,
+                       every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Inputs and targets, (T,) each, that predict every token of `tokens` exactly once, in order.
+
+    The row begins with the token `first` (the end token), so that its very first token is predicted too. Windows
+    move on by `stride` <= T, and in each only the tokens that no earlier window predicted count, the others are
+    IGNORE: but at the start, a token is predicted from at least T - stride tokens before it.
+    With `every` = k only each k-th window comes: a fixed sample of the same predictions.
+    """
+    if not 1 <= stride <= context:
+        raise ValueError(f"evaluation_windows: stride = {stride}: wanted 1 to the context, {context}")
+    done = 0  # tokens predicted so far
+    for number, start in enumerate(range(0, len(tokens), stride)):
+        stop = min(start + context, len(tokens))
+        if number % every == 0 and done < stop:
+            x, y = np.full(context, first, np.int64), np.full(context, IGNORE, np.int64)
+            x[: stop - start] = tokens[start - 1 : stop - 1] if start else [first, *tokens[: stop - 1]]
+            y[done - start : stop - start] = tokens[done:stop]
+            yield x, y
+        done = stop
+
+
+def batched(windows: Iterable[tuple[np.ndarray, np.ndarray]],
+            size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Windows stacked: inputs and targets (B, T), B = size, less in the last."""
+    waiting = list(itertools.islice(windows := iter(windows), size))
+    while waiting:
+        yield np.stack([x for x, _ in waiting]), np.stack([y for _, y in waiting])
+        waiting = list(itertools.islice(windows, size))

@@ -1,0 +1,76 @@
+"""Writing files so that a reader never sees half of one: temporary name, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """`with new_folder(path) as temporary:` fill `temporary`; at the end it becomes `path`, whole, or not at all.
+
+    Raises FileExistsError where `path` is there already and not empty (and leaves it alone).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders for their owner alone
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if path.is_dir():
+                raise FileExistsError(f"{path} exists already and is not empty") from error
+            raise
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: str | Path, content: bytes | str) -> None:
+    """Replace the file by `content`, or leave it as it was."""
+    path = Path(path)
+    raw = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def point_link(link: Path, target: str) -> None:
+    """Let the symbolic link `link` lead to `target`, in one move where it led elsewhere before."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+    sync(link.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk keep what was written to this file or folder."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _umask() -> int:
+    value = os.umask(0o022)
+    os.umask(value)
+    return value

@@ -1,0 +1,90 @@
+"""Kernels: arrays in, arrays out. Two implementations under the same names and signatures: reference.py, in NumPy, for
+any float type, which says what each computes; and native.py, in C, for float32. This file picks one.
+
+    ENTRENAR_KERNELS=reference|native    picks by hand
+    ENTRENAR_ISA, ENTRENAR_NUM_THREADS   see native.py, threads.py
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+from entrenar.kernels import reference
+
+KERNELS = (
+    "matmul",
+    "softmax_forward", "softmax_backward", "log_softmax_forward", "log_softmax_backward",
+    "rms_norm_forward", "rms_norm_backward", "layer_norm_forward", "layer_norm_backward",
+    "rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward",
+    "attention_forward", "attention_backward",
+    "cross_entropy_forward", "cross_entropy_backward", "linear_cross_entropy",
+    "embedding_backward", "adamw_step", "sum_of_squares", "fma_peak",
+)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Which kernels run, and why."""
+    backend: str                # "native" or "reference"
+    isa: str                    # instruction set in use, "numpy" for the reference
+    isas: tuple[str, ...]       # those that would run here
+    threads: int
+    openmp: bool
+    why: str
+
+
+def pick() -> tuple[ModuleType, str]:
+    asked = os.environ.get("ENTRENAR_KERNELS", "").strip()
+    if asked not in ("", "reference", "native"):
+        raise ValueError(f"ENTRENAR_KERNELS is {asked!r}: wanted reference or native")
+    if asked == "reference":
+        return reference, "ENTRENAR_KERNELS=reference"
+    try:
+        from entrenar.kernels import native
+        return native, "ENTRENAR_KERNELS=native" if asked else "the C kernels are built"
+    except ImportError as error:
+        if asked == "native":
+            raise
+        warnings.warn(
+            "entrenar runs on its NumPy reference, many times slower: its C kernels were not built. To get them, "
+            "install gcc or clang and reinstall (pip install --force-reinstall --no-cache-dir --no-deps entrenar); "
+            "to keep the reference silently, set ENTRENAR_KERNELS=reference", RuntimeWarning, stacklevel=3)
+        return reference, f"no C kernels: {error}"
+
+
+backend, why = pick()
+globals().update({name: getattr(backend, name, None) or getattr(reference, name, None) for name in KERNELS})
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that were compiled in and run on this machine, the best one last."""
+    return [] if backend is reference else backend.available_isas()
+
+
+def use_isa(name: str) -> None:
+    """Uses one instruction set from here on, in every thread; for tests and measurements."""
+    if backend is reference:
+        raise ValueError(f"instruction set {name!r} is not available: {why}")
+    backend.use_isa(name)
+
+
+def get_num_threads() -> int:
+    return 1 if backend is reference else backend.get_num_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Sets how many threads a kernel uses; results are the same bits for any number. The reference has NumPy's own."""
+    if n < 1:
+        raise ValueError(f"set_num_threads: wanted 1 or more, got {n}")
+    if backend is not reference:
+        backend.set_num_threads(n)
+
+
+def info() -> Info:
+    """What runs here and why."""
+    if backend is reference:
+        return Info("reference", "numpy", (), get_num_threads(), False, why)
+    return Info("native", backend.isa(), tuple(available_isas()), get_num_threads(), backend.OPENMP, why)

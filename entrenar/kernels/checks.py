@@ -1,0 +1,142 @@
+"""What every kernel asks of its arguments, in one place: the NumPy kernels and the wrappers of the C kernels call it.
+
+One function per kernel family; each raises ValueError (shapes), TypeError (indices that are not integers) or
+IndexError (indices out of range) with the kernel's name, what came and what was wanted.
+"""
+
+# B batch, T time, S key/value length, C channels, H heads, KH key/value heads, D head dim, V vocabulary, N rows
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def matmul(a: np.ndarray, b: np.ndarray) -> None:
+    """a (..., M, K) @ b (..., K, N), batch axes broadcast."""
+    if a.ndim < 2 or b.ndim < 2:
+        raise ValueError(f"matmul: wants matrices, at least 2 axes each: a {a.shape} @ b {b.shape}")
+    if a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"matmul: inner dimensions differ: a {a.shape} @ b {b.shape}")
+    if a.ndim > 2 and b.ndim > 2 and a.shape[:-2] != b.shape[:-2]:
+        try:
+            np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        except ValueError:
+            raise ValueError(f"matmul: batch dimensions do not broadcast: a {a.shape} @ b {b.shape}") from None
+
+
+def rows(kernel: str, x: np.ndarray) -> None:
+    """x (..., C): a last axis to work along."""
+    if x.ndim < 1:
+        raise ValueError(f"{kernel}: wants an array of at least 1 axis, got a scalar; reshape it to (1,)")
+
+
+def same_shape(kernel: str, names: str, *arrays: np.ndarray) -> None:
+    """Arrays of one shape; `names` are theirs, separated by spaces."""
+    if any(array.shape != arrays[0].shape for array in arrays[1:]):
+        raise ValueError(f"{kernel}: shapes differ: {_described(names, arrays)}")
+
+
+def norm(kernel: str, x: np.ndarray, *weights: np.ndarray) -> None:
+    """x (..., C) and vectors (C,)."""
+    rows(kernel, x)
+    for w in weights:
+        if w.shape != x.shape[-1:]:
+            raise ValueError(f"{kernel}: x {x.shape} wants weights of shape {x.shape[-1:]}, got {w.shape}")
+
+
+def norm_backward(kernel: str, dy: np.ndarray, x: np.ndarray, w: np.ndarray, *statistics: np.ndarray) -> None:
+    """dy, x (..., C); w (C,); one statistic (mean, rstd) per row (...)."""
+    norm(kernel, x, w)
+    same_shape(kernel, "dy x", dy, x)
+    for statistic in statistics:
+        if statistic.shape != x.shape[:-1]:
+            raise ValueError(f"{kernel}: x {x.shape} wants statistics of shape {x.shape[:-1]}, got {statistic.shape}")
+
+
+def rope(kernel: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
+    """x (B, T, H, D), D even; cos, sin (T, D/2)."""
+    if x.ndim != 4 or x.shape[3] % 2:
+        raise ValueError(f"{kernel}: wants x of shape (B, T, H, D) with D even, got {x.shape}")
+    wanted = (x.shape[1], x.shape[3] // 2)
+    if cos.shape != wanted or sin.shape != wanted:
+        raise ValueError(f"{kernel}: x {x.shape} wants cos and sin of shape {wanted}, got {cos.shape} and {sin.shape}")
+
+
+def attention(kernel: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """q (B, T, H, D); k, v (B, S, KH, D); KH divides H; S >= T."""
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{kernel}: wants q (B, T, H, D) and k, v (B, S, KH, D), got {shapes}")
+    if q.shape[2] and (not k.shape[2] or q.shape[2] % k.shape[2]):
+        raise ValueError(f"{kernel}: the key/value heads must divide the query heads, got {shapes}")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"{kernel}: causal attention wants no fewer keys than queries (S >= T), got {shapes}")
+
+
+def attention_backward(
+    kernel: str, do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray
+) -> None:
+    """Besides: do, o like q, and lse (B, H, T)."""
+    attention(kernel, q, k, v)
+    same_shape(kernel, "do q o", do, q, o)
+    wanted = (q.shape[0], q.shape[2], q.shape[1])
+    if lse.shape != wanted:
+        raise ValueError(f"{kernel}: q {q.shape} wants lse of shape {wanted}, got {lse.shape}")
+
+
+def indices(kernel: str, name: str, ids: np.ndarray, upper: int, *, ignore_index: int | None = None) -> np.ndarray:
+    """`ids` as int64, each in [0, upper) or equal to ignore_index; IndexError names the first that is not."""
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise TypeError(f"{kernel}: {name} must be integers, got {ids.dtype}")
+    if ids.dtype == np.uint64 and ids.size and ids.max() > np.iinfo(np.int64).max:
+        raise IndexError(f"{kernel}: {name} hold {ids.max()}, wanted 0 <= index < {upper}")
+    ids = ids.astype(np.int64, copy=False)
+
+    wrong = (ids < 0) | (ids >= upper)
+    if ignore_index is not None:
+        wrong &= ids != ignore_index
+    if wrong.any():
+        first = np.unravel_index(int(wrong.argmax()), ids.shape)
+        place = f"[{', '.join(str(i) for i in first)}]" if ids.ndim else ""
+        besides = "" if ignore_index is None else f" or {ignore_index} to ignore it"
+        raise IndexError(f"{kernel}: {name}{place} is {ids[first]}, wanted 0 <= index < {upper}{besides}")
+    return ids
+
+
+def cross_entropy(kernel: str, logits: np.ndarray, targets: np.ndarray, *, ignore_index: int) -> np.ndarray:
+    """logits (N, V), targets (N,); returns targets as int64."""
+    if logits.ndim != 2 or np.shape(targets) != logits.shape[:1]:
+        raise ValueError(
+            f"{kernel}: wants logits (N, V) and targets (N,), got {logits.shape} and {np.shape(targets)}; "
+            "flatten batch and time first"
+        )
+    return indices(kernel, "targets", targets, logits.shape[1], ignore_index=ignore_index)
+
+
+def linear_cross_entropy(x: np.ndarray, w: np.ndarray, targets: np.ndarray, *, ignore_index: int) -> np.ndarray:
+    """x (N, C), w (V, C), targets (N,); returns targets as int64."""
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or np.shape(targets) != x.shape[:1]:
+        raise ValueError(
+            "linear_cross_entropy: wants x (N, C), w (V, C) and targets (N,), "
+            f"got {x.shape}, {w.shape} and {np.shape(targets)}"
+        )
+    return indices("linear_cross_entropy", "targets", targets, w.shape[0], ignore_index=ignore_index)
+
+
+def embedding_backward(dy: np.ndarray, ids: np.ndarray, *, rows: int) -> np.ndarray:
+    """dy (..., C), ids (...); returns ids as int64."""
+    if dy.ndim < 1 or np.shape(ids) != dy.shape[:-1]:
+        raise ValueError(f"embedding_backward: wants dy (..., C) and ids (...), got {dy.shape} and {np.shape(ids)}")
+    return indices("embedding_backward", "ids", ids, rows)
+
+
+def adamw_step(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, *, step: int) -> None:
+    """p, g, m, v of one shape, and a step counted from 1."""
+    same_shape("adamw_step", "p g m v", p, g, m, v)
+    if step < 1:
+        raise ValueError(f"adamw_step: steps are counted from 1, got {step}")
+
+
+def _described(names: str, arrays: tuple[np.ndarray, ...]) -> str:
+    return ", ".join(f"{name} {array.shape}" for name, array in zip(names.split(), arrays, strict=True))

@@ -1,0 +1,439 @@
+"""Every kernel in plain NumPy: the specification of the C kernels, their test oracle, and the fallback without them.
+
+Written for the reader, not for speed: a kernel is its formula. It takes any float type, answers in it, changes no
+input (the optimizer's step excepted, whose purpose that is) and returns fresh arrays. inf and nan go where the formula
+takes them, silently; empty arrays are fine. Left out: threads, blocking, and every float type's C twin (native.py).
+"""
+
+# B batch, T time, S key/value length, C channels, H heads, KH key/value heads, D head dim, V vocabulary, N rows
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from entrenar.kernels import checks
+
+Array = np.ndarray
+
+SUM_BLOCK = 4096  # sum_of_squares adds up blocks of so many numbers
+LOGITS_AT_ONCE = 4 * 1024 * 1024  # linear_cross_entropy holds at most so many logits (16 MB of float32)
+
+
+def silent() -> np.errstate:
+    """Inside, inf and nan arise without NumPy's warnings, as they do in C."""
+    return np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore")
+
+
+# -- matrices
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """c = a b          a (..., M, K)   b (..., K, N)   c (..., M, N), batch axes broadcast"""
+    checks.matmul(a, b)
+    with silent():
+        return np.matmul(a, b)
+
+
+# -- softmax
+
+
+def softmax_forward(x: Array) -> Array:
+    """y_i = exp(x_i) / sum_j exp(x_j), over the last axis          x, y (..., C)
+
+    The greatest x is subtracted first, so that no exp overflows. A row of -inf only (nothing allowed) is all zeros.
+    """
+    checks.rows("softmax", x)
+    with silent():
+        e = np.exp(x - _shift(x))
+        total = e.sum(axis=-1, keepdims=True)
+        return e / np.where(total == 0, 1, total)
+
+
+def softmax_backward(dy: Array, y: Array) -> Array:
+    """dx = y * (dy - sum(dy * y))          dy, y, dx (..., C)"""
+    # dy_i/dx_j = y_i (1[i = j] - y_j): dx_j = y_j dy_j - y_j sum_i dy_i y_i
+    checks.rows("softmax_backward", y)
+    checks.same_shape("softmax_backward", "dy y", dy, y)
+    with silent():
+        return y * (dy - (dy * y).sum(axis=-1, keepdims=True))
+
+
+def log_softmax_forward(x: Array) -> Array:
+    """y_i = x_i - log sum_j exp(x_j), over the last axis          x, y (..., C)
+
+    The logarithm of softmax_forward; so a row of -inf only stays -inf.
+    """
+    checks.rows("log_softmax", x)
+    with silent():
+        shifted = x - _shift(x)
+        total = np.exp(shifted).sum(axis=-1, keepdims=True)
+        return shifted - np.log(np.where(total == 0, 1, total))
+
+
+def log_softmax_backward(dy: Array, y: Array) -> Array:
+    """dx = dy - exp(y) * sum(dy)          dy, y, dx (..., C)"""
+    checks.rows("log_softmax_backward", y)
+    checks.same_shape("log_softmax_backward", "dy y", dy, y)
+    with silent():
+        return dy - np.exp(y) * dy.sum(axis=-1, keepdims=True)
+
+
+def _shift(x: Array) -> Array:
+    """The greatest of each row, (..., 1); 0 where that is -inf, for -inf - -inf is nan."""
+    greatest = x.max(axis=-1, keepdims=True, initial=-np.inf)
+    return np.where(greatest == -np.inf, 0, greatest)
+
+
+def _log_sum_exp(x: Array) -> Array:
+    """log sum_j exp(x_j)          x (..., C) -> (...)"""
+    shift = _shift(x)
+    return (np.log(np.exp(x - shift).sum(axis=-1, keepdims=True)) + shift)[..., 0]
+
+
+# -- norms
+
+
+def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, Array]:
+    """y = x * rstd * w,   rstd = 1 / sqrt(mean(x^2) + eps)          x, y (..., C)   w (C,)   rstd (...)
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    checks.norm("rms_norm", x, w)
+    with silent():
+        rstd = 1 / np.sqrt(_mean(x * x) + eps)
+        return x * rstd * w, rstd[..., 0]
+
+
+def rms_norm_backward(dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Array, Array]:
+    """dx = rstd * (g - n * mean(g * n)),   dw = sum over rows of dy * n,   with n = x * rstd, g = dy * w
+
+    dy, x, dx (..., C)   w, dw (C,)   rstd (...)
+    """
+    # y = w n and n = x r: drstd = sum(g x), d rstd / dx = -r^3 x / C, so dx = r g - r^3 x mean(g x).
+    checks.norm_backward("rms_norm_backward", dy, x, w, rstd)
+    with silent():
+        r = rstd[..., None]
+        n, g = x * r, dy * w
+        dx = r * (g - n * _mean(g * n))
+        return dx, _sum_rows(dy * n)
+
+
+def layer_norm_forward(x: Array, w: Array, b: Array, *, eps: float) -> tuple[Array, Array, Array]:
+    """y = (x - mean) * rstd * w + b,   rstd = 1 / sqrt(var(x) + eps)
+
+    x, y (..., C)   w, b (C,)   mean, rstd (...)          Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
+    checks.norm("layer_norm", x, w, b)
+    with silent():
+        mean = _mean(x)
+        centred = x - mean
+        rstd = 1 / np.sqrt(_mean(centred * centred) + eps)
+        return centred * rstd * w + b, mean[..., 0], rstd[..., 0]
+
+
+def layer_norm_backward(dy: Array, x: Array, w: Array, mean: Array, rstd: Array) -> tuple[Array, Array, Array]:
+    """dx = rstd * (g - mean(g) - n * mean(g * n)),   dw = sum of dy * n,   db = sum of dy   (over rows)
+
+    with n = (x - mean) * rstd, g = dy * w          dy, x, dx (..., C)   w, dw, db (C,)   mean, rstd (...)
+    """
+    # As in rms_norm_backward, and x also moves every n through the mean: minus mean(g).
+    checks.norm_backward("layer_norm_backward", dy, x, w, mean, rstd)
+    with silent():
+        r = rstd[..., None]
+        n, g = (x - mean[..., None]) * r, dy * w
+        dx = r * (g - _mean(g) - n * _mean(g * n))
+        return dx, _sum_rows(dy * n), _sum_rows(dy)
+
+
+def _mean(x: Array) -> Array:
+    """The mean over the last axis, kept: (..., C) -> (..., 1); 0 where C is 0."""
+    return x.sum(axis=-1, keepdims=True) / max(x.shape[-1], 1)
+
+
+def _sum_rows(x: Array) -> Array:
+    """(..., C) -> (C,)"""
+    return x.sum(axis=tuple(range(x.ndim - 1)))
+
+
+# -- rotary position embedding
+
+
+def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
+    """y1 = x1 * cos - x2 * sin,   y2 = x2 * cos + x1 * sin,   with x1, x2 the halves of each head
+
+    x, y (B, T, H, D)   cos, sin (T, D/2)          Su et al., "RoFormer", 2021, in Hugging Face's "rotate half" order.
+    """
+    checks.rope("rope", x, cos, sin)
+    return _rotate(x, cos, sin)
+
+
+def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
+    """The same rotation by the opposite angle          dy, dx (B, T, H, D)   cos, sin (T, D/2)"""
+    checks.rope("rope_backward", dy, cos, sin)
+    return _rotate(dy, cos, -sin)
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    x1, x2 = np.split(x, 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2): every head turns alike
+    with silent():
+        return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+# -- gated feed-forward
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), written with exp(-|x|), which cannot overflow          any shape"""
+    with silent():
+        e = np.exp(-np.abs(x))
+        return np.where(x >= 0, 1, e) / (1 + e)
+
+
+def swiglu_forward(gate: Array, up: Array) -> Array:
+    """y = silu(gate) * up,   silu(g) = g * sigmoid(g)          gate, up, y one shape
+
+    Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    checks.same_shape("swiglu", "gate up", gate, up)
+    with silent():
+        return gate * sigmoid(gate) * up
+
+
+def swiglu_backward(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    """dgate = dy * up * s * (1 + gate * (1 - s)),   dup = dy * gate * s,   with s = sigmoid(gate)"""
+    # silu = g s and s' = s (1 - s): silu' = s + g s (1 - s)
+    checks.same_shape("swiglu_backward", "dy gate up", dy, gate, up)
+    with silent():
+        s = sigmoid(gate)
+        return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
+
+
+def erf(x: Array) -> Array:
+    """erf(x) = 2/sqrt(pi) * integral of exp(-t^2) from 0 to x          any shape
+
+    W. J. Cody's rational approximations (Math. Comp. 23, 1969) for |x| < 0.46875 and up to 4, the latter used on to 6,
+    where erf is 1 in float64. Computed in float64, to within 2 units in its last place. NumPy has no erf.
+    """
+    with silent():
+        a = np.minimum(np.abs(x.astype(np.float64)), 6)
+        near = a * np.polyval(_ERF_P, a * a) / np.polyval(_ERF_Q, a * a)
+        far = 1 - np.exp(-a * a) * np.polyval(_ERFC_P, a) / np.polyval(_ERFC_Q, a)
+        return np.copysign(np.where(a < 0.46875, near, far), x).astype(x.dtype)
+
+
+_ERF_P = [1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2]
+_ERF_P += [3.20937758913846947e3]
+_ERF_Q = [1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3, 2.84423683343917062e3]
+_ERFC_P = [2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0, 6.61191906371416295e1]
+_ERFC_P += [2.98635138197400131e2, 8.81952221241769090e2, 1.71204761263407058e3, 2.05107837782607147e3]
+_ERFC_P += [1.23033935479799725e3]
+_ERFC_Q = [1.0, 1.57449261107098347e1, 1.17693950891312499e2, 5.37181101862009858e2, 1.62138957456669019e3]
+_ERFC_Q += [3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3, 1.23033935480374942e3]
+
+
+# -- attention
+
+
+def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
+    """o_t = sum_s p_ts v_s,   p_t = softmax over s <= t + S - T of scale * q_t k_s,   lse_t = log of its denominator
+
+    q, o (B, T, H, D)   k, v (B, S, KH, D)   lse (B, H, T). Query head h reads key/value head h // (H/KH); the last
+    query sees all S keys. This naive form stores the T x S scores; the C kernel does not.
+    Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", 2023; lse kept for backward: Dao et al., 2022.
+    """
+    checks.attention("attention", q, k, v)
+    with silent():
+        scores = _masked_scores(q, k, scale)  # (B, KH, G, T, S)
+        lse = _log_sum_exp(scores)
+        p = np.exp(scores - lse[..., None])
+        o = np.matmul(p, _per_head(v))  # (B, KH, G, T, D)
+        return _join_heads(o, q.shape), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def attention_backward(
+    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, *, scale: float
+) -> tuple[Array, Array, Array]:
+    """dv = p^T do,   ds = p * (do v^T - sum(do * o)),   dq = scale * ds k,   dk = scale * ds^T q
+
+    with p = exp(scores - lse)          do, o, dq like q (B, T, H, D)   dk, dv like k (B, S, KH, D)   lse (B, H, T)
+    """
+    # softmax: ds = p (dp - sum_s dp p), and sum_s dp_ts p_ts = do_t . sum_s p_ts v_s = do_t . o_t
+    checks.attention_backward("attention_backward", do, q, k, v, o, lse)
+    KH = k.shape[2]
+    with silent():
+        scores = _masked_scores(q, k, scale)
+        p = np.exp(scores - lse.reshape(scores.shape[:-1])[..., None])
+        do, o, q_heads = _group_heads(do, KH), _group_heads(o, KH), _group_heads(q, KH)
+        ds = p * (np.matmul(do, _per_head(v).swapaxes(-1, -2)) - (do * o).sum(axis=-1, keepdims=True))
+
+        dq = np.matmul(ds, _per_head(k)) * scale  # (B, KH, G, T, D)
+        dk = np.matmul(ds.swapaxes(-1, -2), q_heads).sum(axis=2) * scale  # (B, KH, S, D): a group shares its key
+        dv = np.matmul(p.swapaxes(-1, -2), do).sum(axis=2)
+        return _join_heads(dq, q.shape), _fresh(dk.swapaxes(1, 2)), _fresh(dv.swapaxes(1, 2))
+
+
+def _masked_scores(q: Array, k: Array, scale: float) -> Array:
+    """scale * q k^T, -inf where s > t + S - T          (B, KH, G, T, S)"""
+    T, S, KH = q.shape[1], k.shape[1], k.shape[2]
+    scores = np.matmul(_group_heads(q, KH), _per_head(k).swapaxes(-1, -2)) * scale
+    return np.where(np.tri(T, S, S - T, dtype=bool), scores, -np.inf)
+
+
+def _group_heads(x: Array, KH: int) -> Array:
+    """(B, T, H, D) -> (B, KH, G, T, D), G = H/KH query heads to a key/value head"""
+    B, T, H, D = x.shape
+    return x.reshape(B, T, KH, H // max(KH, 1), D).transpose(0, 2, 3, 1, 4)
+
+
+def _per_head(x: Array) -> Array:
+    """(B, S, KH, D) -> (B, KH, 1, S, D)"""
+    return x.transpose(0, 2, 1, 3)[:, :, None]
+
+
+def _join_heads(x: Array, shape: tuple[int, ...]) -> Array:
+    """(B, KH, G, T, D) -> (B, T, H, D)"""
+    return _fresh(x.transpose(0, 3, 1, 2, 4)).reshape(shape)
+
+
+def _fresh(x: Array) -> Array:
+    return np.array(x, order="C")
+
+
+# -- loss
+
+
+def cross_entropy_forward(logits: Array, targets: Array, *, ignore_index: int) -> tuple[Array, Array]:
+    """loss_n = lse_n - logits[n, target_n],   lse_n = log sum_v exp(logits[n, v])
+
+    logits (N, V)   targets (N,)   losses, lse (N,). The loss of a row whose target is ignore_index is 0.
+    """
+    targets = checks.cross_entropy("cross_entropy", logits, targets, ignore_index=ignore_index)
+    kept = np.flatnonzero(targets != ignore_index)
+    with silent():
+        lse = _log_sum_exp(logits)
+        losses = np.zeros_like(lse)
+        losses[kept] = lse[kept] - logits[kept, targets[kept]]
+    return losses, lse
+
+
+def cross_entropy_backward(dlosses: Array, logits: Array, targets: Array, lse: Array, *, ignore_index: int) -> Array:
+    """dlogits[n] = dloss_n * (softmax(logits[n]) - onehot(target_n)), 0 where ignored
+
+    logits, dlogits (N, V)   targets, dlosses, lse (N,)
+    """
+    targets = checks.cross_entropy("cross_entropy_backward", logits, targets, ignore_index=ignore_index)
+    checks.same_shape("cross_entropy_backward", "dlosses lse targets", dlosses, lse, targets)
+    kept = np.flatnonzero(targets != ignore_index)
+    with silent():
+        p = np.exp(logits - lse[:, None])
+        p[kept, targets[kept]] -= 1
+        dlogits = p * dlosses[:, None]
+    dlogits[targets == ignore_index] = 0
+    return dlogits
+
+
+def linear_cross_entropy(
+    x: Array, w: Array, targets: Array, *, ignore_index: int, scale: float, need_dx: bool, need_dw: bool
+) -> tuple[Array, Array | None, Array | None]:
+    """losses = cross_entropy(x w^T, targets), and the gradients dx, dw of scale * sum(losses)
+
+    x, dx (N, C)   w, dw (V, C)   targets, losses (N,); dx, dw None unless needed. Rows are taken in chunks, and a
+    chunk's gradients are made while its logits are there, so the (N, V) logits are never whole.
+    """
+    targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index)
+    N, V = x.shape[0], w.shape[0]
+    dtype = np.result_type(x, w)
+    losses = np.zeros(N, dtype)
+    dx = np.zeros(x.shape, dtype) if need_dx else None
+    dw = np.zeros(w.shape, dtype) if need_dw else None
+
+    size = max(1, LOGITS_AT_ONCE // max(V, 1))
+    for start in range(0, N, size):
+        chunk = slice(start, start + size)
+        logits = matmul(x[chunk], w.T)  # (size, V)
+        losses[chunk], lse = cross_entropy_forward(logits, targets[chunk], ignore_index=ignore_index)
+        if not (need_dx or need_dw):
+            continue
+        dlosses = np.full(lse.shape, scale, dtype)
+        dlogits = cross_entropy_backward(dlosses, logits, targets[chunk], lse, ignore_index=ignore_index)
+        if dx is not None:
+            dx[chunk] = matmul(dlogits, w)
+        if dw is not None:
+            dw += matmul(dlogits.T, x[chunk])
+    return losses, dx, dw
+
+
+# -- embedding
+
+
+def embedding_backward(dy: Array, ids: Array, *, rows: int) -> Array:
+    """dw[i] = sum of dy over the places where ids is i          dy (..., C)   ids (...)   dw (rows, C)"""
+    ids = checks.embedding_backward(dy, ids, rows=rows)
+    C = dy.shape[-1]
+    dw = np.zeros((rows, C), dy.dtype)
+    with silent():
+        np.add.at(dw, ids.reshape(-1), dy.reshape(ids.size, C))
+    return dw
+
+
+# -- optimizer
+
+
+def adamw_step(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+) -> None:
+    """One AdamW step in place on p, m, v (one shape); g is read only.
+
+        g' = grad_scale * g
+        m  = beta1 m + (1 - beta1) g'             v = beta2 v + (1 - beta2) g'^2
+        p  = p (1 - lr weight_decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+
+    Steps are counted from 1. Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+    """
+    checks.adamw_step(p, g, m, v, step=step)
+    with silent():
+        scaled = g * grad_scale
+        m[...] = beta1 * m + (1 - beta1) * scaled
+        v[...] = beta2 * v + (1 - beta2) * scaled * scaled
+        root = np.sqrt(v / (1 - beta2**step)) + eps
+        p *= 1 - lr * weight_decay
+        p -= lr * (m / (1 - beta1**step)) / root
+
+
+def sum_of_squares(x: Array) -> float:
+    """sum of x^2 in float64, by blocks of 4096 added in order          any shape"""
+    flat = x.reshape(-1)
+    with silent():
+        blocks = [flat[i : i + SUM_BLOCK].astype(np.float64) for i in range(0, flat.size, SUM_BLOCK)]
+        return float(sum(np.square(block).sum() for block in blocks))
+
+
+# -- the machine
+
+
+def fma_peak(seconds: float) -> float:
+    """FLOP/s of np.matmul on 512 x 512 float32, best of as many runs as fit in `seconds`.
+
+    The C kernel counts bare multiply-adds; without it, NumPy's matrix product is the best the process can do.
+    """
+    a = np.ones((512, 512), np.float32)
+    best, end = np.inf, time.perf_counter() + seconds
+    while best == np.inf or time.perf_counter() < end:
+        start = time.perf_counter()
+        np.matmul(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / best

@@ -1,0 +1,68 @@
+"""How many threads the kernels may use: what the user asked for, else what this process may really run on.
+
+Leaves out the threads themselves: csrc/parallel.h.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def default_num_threads() -> int:
+    """ENTRENAR_NUM_THREADS, else the processors of this process's affinity mask, capped by its container's CPU
+    quota (cgroup v2 or v1) rounded up: more threads than that only wait for each other."""
+    asked = os.environ.get("ENTRENAR_NUM_THREADS", "").strip()
+    if asked:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ValueError(f"ENTRENAR_NUM_THREADS is {asked!r}: wanted a whole number, 1 or more")
+        return int(asked)
+    quota = cpu_quota()
+    return max(1, min(processors(), math.ceil(quota) if quota else processors()))
+
+
+def processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_quota(cgroup: Path = CGROUP, own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Processors' worth of time this process's control groups allow, None where unlimited.
+
+    Every group on the way up counts: a limit on a parent binds its children."""
+    quotas = [quota for folder in cgroup_folders(cgroup, own) if (quota := read_quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def cgroup_folders(cgroup: Path, own: Path) -> list[Path]:
+    """Folders that may hold a limit: the mount points, and this process's groups and their parents below them."""
+    folders = [cgroup, cgroup / "cpu", cgroup / "cpu,cpuacct"]
+    for line in read(own).splitlines():                # "0::/a/b" (v2) or "4:cpu,cpuacct:/a/b" (v1)
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = cgroup / "cpu" if controllers else cgroup
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        folders += [root.joinpath(*parts[:i]) for i in range(1, len(parts) + 1)]
+    return folders
+
+
+def read_quota(folder: Path) -> float | None:
+    limit, _, period = read(folder / "cpu.max").strip().partition(" ")      # v2: "max 100000" or "150000 100000"
+    if not limit:
+        limit, period = read(folder / "cpu.cfs_quota_us").strip(), read(folder / "cpu.cfs_period_us").strip()
+    try:
+        return int(limit) / int(period) if int(limit) > 0 else None         # v1 says -1 for unlimited
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

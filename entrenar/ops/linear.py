@@ -1,0 +1,120 @@
+"""Matrix products: matmul, linear (x W^T + b) and embedding (rows of W)."""
+
+# I in, O out, V vocabulary, C channels
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from entrenar import kernels
+from entrenar.kernels import checks
+from entrenar.ops.elementwise import operands, tensor, unbroadcast
+from entrenar.ops.shape import reshape
+from entrenar.tensor import Op, Tensor
+
+
+def rows(x: np.ndarray) -> np.ndarray:
+    """(..., C) -> (N, C)"""
+    return x.reshape(-1, x.shape[-1]) if x.size else x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
+
+
+class Matmul(Op):
+    """c = a b          a (..., M, K)   b (..., K, N)   c (..., M, N), batch axes broadcast"""
+
+    def forward(self, a, b):
+        self.save(a if self.needs[1] else None, b if self.needs[0] else None, a.shape, b.shape)
+        if b.ndim == 2 and a.ndim > 2 and a.shape[-1] == b.shape[0]:  # one tall product instead of many small ones
+            return kernels.matmul(rows(a), b).reshape(*a.shape[:-1], b.shape[1])
+        return kernels.matmul(a, b)
+
+    def backward(self, dc):
+        # da = dc b^T, db = a^T dc, each summed over the batch axes it was broadcast along
+        a, b, a_shape, b_shape = self.saved
+        da = db = None
+        if self.needs[0]:
+            da = unbroadcast(kernels.matmul(dc, b.swapaxes(-1, -2)), a_shape)
+        if self.needs[1] and len(b_shape) == 2:
+            db = kernels.matmul(rows(a).T, rows(dc))  # the sum over the batch is part of the product
+        elif self.needs[1]:
+            db = unbroadcast(kernels.matmul(a.swapaxes(-1, -2), dc), b_shape)
+        return da, db
+
+
+class Linear(Op):
+    """y = x W^T + b          x (..., I)   W (O, I)   b (O,) or None   y (..., O)"""
+
+    def forward(self, x, w, b):
+        self.save(x if self.needs[1] else None, w if self.needs[0] else None, x.shape)  # frozen W keeps no input
+        y = kernels.matmul(rows(x), w.T).reshape(*x.shape[:-1], w.shape[0])
+        return y if b is None else y + b
+
+    def backward(self, dy):
+        # dx = dy W, dW = dy^T x and db = sum of dy over all rows
+        x, w, x_shape = self.saved
+        dx = kernels.matmul(rows(dy), w).reshape(x_shape) if self.needs[0] else None
+        dw = kernels.matmul(rows(dy).T, rows(x)) if self.needs[1] else None
+        db = rows(dy).sum(axis=0) if self.needs[2] else None
+        return dx, dw, db
+
+
+class Embedding(Op):
+    """y = W[ids]          ids (...)   W (V, C)   y (..., C)"""
+
+    def forward(self, ids, w):
+        self.save(ids, w.shape[0])
+        return w[ids]
+
+    def backward(self, dy):
+        # dW[i] = sum of dy over the places where ids is i
+        ids, V = self.saved
+        return None, kernels.embedding_backward(dy, ids, rows=V)
+
+
+def matmul(a: Any, b: Any) -> Tensor:
+    """a @ b: matrices, batches of them (batch axes broadcast), or vectors, as in NumPy.
+
+    Raises ValueError for scalars and where the inner or the batch dimensions do not fit.
+    """
+    a, b = (x if isinstance(x, Tensor) else Tensor(np.asarray(x)) for x in operands(a, b))
+    if not a.ndim or not b.ndim:
+        raise ValueError(f"matmul: a {a.shape} @ b {b.shape}: no scalars; use * to multiply by a number")
+    if a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
+        raise ValueError(f"matmul: inner dimensions differ: a {a.shape} @ b {b.shape}")
+
+    # A vector is a matrix of one row on the left, of one column on the right, and that axis goes away again.
+    c = Matmul.apply(
+        reshape(a, 1, a.shape[0]) if a.ndim == 1 else a,
+        reshape(b, b.shape[0], 1) if b.ndim == 1 else b,
+    )
+    if a.ndim > 1 and b.ndim > 1:
+        return c
+    return reshape(c, (*c.shape[: -2 if a.ndim == 1 else -1], *(c.shape[-1:] if b.ndim > 1 else ())))
+
+
+def linear(x: Any, w: Any, b: Any = None) -> Tensor:
+    """x W^T + b          x (..., I)   W (O, I)   b (O,) or None   y (..., O)
+
+    Raises ValueError where the shapes do not fit.
+    """
+    x, w = tensor(x), tensor(w)
+    b = None if b is None else tensor(b)
+    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
+        raise ValueError(
+            "linear: wants x (..., I), w (O, I) and b (O,), "
+            f"got x {x.shape}, w {w.shape} and b {None if b is None else b.shape}"
+        )
+    return Linear.apply(x, w, b)
+
+
+def embedding(ids: Any, w: Any) -> Tensor:
+    """W[ids]          ids (...) integers   W (V, C)   y (..., C)
+
+    Raises TypeError for ids that are not integers, IndexError for one out of range, ValueError for a W of other shape.
+    """
+    w = tensor(w)
+    if w.ndim != 2:
+        raise ValueError(f"embedding: wants w (V, C), got {w.shape}")
+    ids = ids.data if isinstance(ids, Tensor) else ids
+    return Embedding.apply(checks.indices("embedding", "ids", ids, w.shape[0]), w)

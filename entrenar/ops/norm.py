@@ -1,0 +1,51 @@
+"""Normalisation of each row: layer_norm and the simpler rms_norm, which LLaMA uses. Formulas: kernels/reference.py."""
+
+# C channels
+
+from __future__ import annotations
+
+from typing import Any
+
+from entrenar import kernels
+from entrenar.ops.elementwise import tensor
+from entrenar.tensor import Op, Tensor
+
+
+class LayerNorm(Op):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * w + b          x, y (..., C)   w, b (C,)"""
+
+    def forward(self, x, w, b, *, eps):
+        y, mean, rstd = kernels.layer_norm_forward(x, w, b, eps=eps)
+        self.save(x, w, mean, rstd)
+        return y
+
+    def backward(self, dy):
+        return kernels.layer_norm_backward(dy, *self.saved)
+
+
+class RMSNorm(Op):
+    """y = x / sqrt(mean(x^2) + eps) * w          x, y (..., C)   w (C,)"""
+
+    def forward(self, x, w, *, eps):
+        y, rstd = kernels.rms_norm_forward(x, w, eps=eps)
+        self.save(x, w, rstd)
+        return y
+
+    def backward(self, dy):
+        return kernels.rms_norm_backward(dy, *self.saved)
+
+
+def layer_norm(x: Any, w: Any, b: Any, eps: float = 1e-5) -> Tensor:
+    """Each row to mean 0 and variance 1, then scaled by w and moved by b. Raises ValueError for shapes that do not fit.
+
+    x, y (..., C)   w, b (C,)
+    """
+    return LayerNorm.apply(tensor(x), tensor(w), tensor(b), eps=eps)
+
+
+def rms_norm(x: Any, w: Any, eps: float = 1e-6) -> Tensor:
+    """Each row to mean square 1, then scaled by w. Raises ValueError for shapes that do not fit.
+
+    x, y (..., C)   w (C,)
+    """
+    return RMSNorm.apply(tensor(x), tensor(w), eps=eps)
