@@ -10,7 +10,16 @@
 #include "matmul.c.inc"
 
 // ---- row kernels: softmax, norms, rope, swiglu, loss, embedding, optimizer ----
+#include "rows.c.inc"
+#include "norm.c.inc"
+#include "rope.c.inc"
+#include "swiglu.c.inc"
+#include "loss.c.inc"
+#include "embedding.c.inc"
+#include "optimizer.c.inc"
 
 // ---- attention and the fused loss: they use the kernels above ----
+#include "attention.c.inc"
+#include "linear_cross_entropy.c.inc"
 
 #include "peak.c.inc"

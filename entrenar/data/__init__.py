@@ -3,7 +3,7 @@
 from entrenar.data.batches import IGNORE, Batches, batched, evaluation_windows
 from entrenar.data.corpus import Corpus, CorpusError, find_sources, read_corpus
 from entrenar.data.prepared import Facts, Prepared, bits_per_byte, prepare
-from entrenar.data.tokenizer import END, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from entrenar.data.tokenizer import END, BPETokenizer, ByteTokenizer, Tokenizer, TokenizerError, load_tokenizer, train_bpe
 
 __all__ = [
     "END",
@@ -16,6 +16,7 @@ __all__ = [
     "Facts",
     "Prepared",
     "Tokenizer",
+    "TokenizerError",
     "batched",
     "bits_per_byte",
     "evaluation_windows",

@@ -17,18 +17,20 @@ from typing import Any
 
 import numpy as np
 
+from entrenar.data.corpus import CorpusError
+
 IGNORE = -100  # a target that counts for nothing
 
 
 class Batches:
     """An endless supply of training batches; where it stands is three numbers, fit for a checkpoint.
 
-    Raises ValueError where the tokens do not fill one window.
+    Raises CorpusError where the tokens do not fill one window.
     """
 
     def __init__(self, tokens: np.ndarray, *, batch_size: int, context: int, seed: int = 0) -> None:
         if len(tokens) < context + 1:
-            raise ValueError(
+            raise CorpusError(
                 f"the training text has {len(tokens)} tokens, too short for one window of context {context} + 1: "
                 f"give more text, or a context of at most {max(0, len(tokens) - 1)}"
             )

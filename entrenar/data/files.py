@@ -21,10 +21,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
+        mask = _umask()
         for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)  # safetensors and mkdtemp make files and folders for their owner alone
             sync(file)
         sync(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders for their owner alone
+        temporary.chmod(0o777 & ~mask)
         try:
             os.rename(temporary, path)
         except OSError as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entrenar.data.corpus import CorpusError, find_sources, read_corpus
+from entrenar.data.corpus import find_sources, read_corpus
 from entrenar.data.files import new_folder
 from entrenar.data.tokenizer import FILE, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
@@ -65,7 +65,7 @@ def prepare(source: str, *, tokenizer: str = "bpe", vocab_size: int = 2048, held
     cache       a folder; "" the user's cache folder; "off" none
     say         called with a line of text when something takes time, or goes wrong without harm
 
-    Raises CorpusError (a ValueError) where the text cannot be used, ValueError for a bad tokenizer.
+    Raises CorpusError where the text cannot be used, TokenizerError for a bad tokenizer.
     """
     sources = find_sources(source)
     if cache == "off":
@@ -162,6 +162,3 @@ def _load(folder: Path) -> Prepared:
     if (len(train), len(held_out)) != (facts.train_tokens, facts.held_out_tokens):
         raise ValueError("token counts do not match")
     return Prepared(load_tokenizer(folder), train, held_out, facts, cached=True)
-
-
-__all__ = ["CorpusError", "Facts", "Prepared", "bits_per_byte", "prepare"]

@@ -25,6 +25,10 @@ PIECE = 1 << 16  # characters: long documents are encoded in pieces of about thi
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")  # a line break between two unindented lines
 
 
+class TokenizerError(ValueError):
+    """There is no usable tokenizer; the message says where it was looked for, and what is wrong."""
+
+
 class Tokenizer(Protocol):
     """What the rest of the project asks of a tokenizer."""
 
@@ -47,7 +51,7 @@ class BPETokenizer:
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         end = inner.token_to_id(END)
         if end is None:
-            raise ValueError(f"BPETokenizer: the vocabulary has no {END!r}")
+            raise TokenizerError(f"tokenizer: the vocabulary has no {END!r}")
         inner.encode_special_tokens = True  # the characters "<|endoftext|>" in a text are text
         self.inner, self.end_id, self.vocab_size = inner, end, inner.get_vocab_size()
         self.type = id_type(self.vocab_size)
@@ -136,7 +140,10 @@ def train_bpe(documents: Sequence[str], *, vocab_size: int) -> BPETokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read back what `save` wrote, from the folder or from the tokenizer.json itself."""
+    """Read back what `save` wrote, from the folder or from the tokenizer.json itself.
+
+    Raises TokenizerError where there is none, or none with an end token.
+    """
     from tokenizers import Tokenizer as Inner
 
     path = Path(folder)
@@ -145,9 +152,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         text = path.read_text(encoding="utf-8")
         inner = Inner.from_str(text)
     except OSError as error:
-        raise ValueError(f"tokenizer: cannot read {path}: {error.strerror}") from None
+        raise TokenizerError(f"tokenizer: cannot read {path}: {error.strerror}") from None
     except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"tokenizer: {path} is no tokenizer.json: {error}") from None
+        raise TokenizerError(f"tokenizer: {path} is no tokenizer.json: {error}") from None
     plain = inner.get_vocab_size() == 257 and not json.loads(text)["model"].get("merges")
     return ByteTokenizer() if plain and inner.token_to_id(END) == 256 else BPETokenizer(inner)
 

@@ -14,9 +14,11 @@ import time
 
 import numpy as np
 
-from entrenar._kernels import ffi, lib
 from entrenar.kernels import checks, reference
-from entrenar.kernels.threads import default_num_threads
+from entrenar.kernels.threads import default_num_threads, short_waits
+
+with short_waits():
+    from entrenar._kernels import ffi, lib
 
 Array = np.ndarray
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -198,9 +200,254 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 # ---- rows: softmax, norms, rope, swiglu, loss, embedding, optimizer -------------------------------------------------
+def rows(a: Array) -> tuple[int, int]:
+    """(N, C): an array (..., C) seen as rows."""
+    C = a.shape[-1]
+    return (a.size // C if C else 0), C
+
+
+def ints(a: Array) -> Array:
+    """Indices that checks.py has passed, contiguous and aligned."""
+    return np.require(a, I64, ["C", "A"])
+
+
+def softmax_forward(x: Array) -> Array:
+    checks.rows("softmax", x)
+    if not float32(x):
+        return reference.softmax_forward(x)
+    x, y = floats(x), empty(*x.shape)
+    lib.ent_softmax_forward(at(y), at(x), *rows(x))
+    return y
+
+
+def softmax_backward(dy: Array, y: Array) -> Array:
+    checks.rows("softmax_backward", y)
+    checks.same_shape("softmax_backward", "dy y", dy, y)
+    if not float32(dy, y):
+        return reference.softmax_backward(dy, y)
+    dy, y, dx = floats(dy), floats(y), empty(*y.shape)
+    lib.ent_softmax_backward(at(dx), at(dy), at(y), *rows(y))
+    return dx
+
+
+def log_softmax_forward(x: Array) -> Array:
+    checks.rows("log_softmax", x)
+    if not float32(x):
+        return reference.log_softmax_forward(x)
+    x, y = floats(x), empty(*x.shape)
+    lib.ent_log_softmax_forward(at(y), at(x), *rows(x))
+    return y
+
+
+def log_softmax_backward(dy: Array, y: Array) -> Array:
+    checks.rows("log_softmax_backward", y)
+    checks.same_shape("log_softmax_backward", "dy y", dy, y)
+    if not float32(dy, y):
+        return reference.log_softmax_backward(dy, y)
+    dy, y, dx = floats(dy), floats(y), empty(*y.shape)
+    lib.ent_log_softmax_backward(at(dx), at(dy), at(y), *rows(y))
+    return dx
+
+
+def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, Array]:
+    checks.norm("rms_norm", x, w)
+    if not float32(x, w) or not x.shape[-1]:  # without channels there are no rows to count
+        return reference.rms_norm_forward(x, w, eps=eps)
+    x, w, y, rstd = floats(x), floats(w), empty(*x.shape), empty(*x.shape[:-1])
+    lib.ent_rms_norm_forward(at(y), at(rstd), at(x), at(w), eps, *rows(x))
+    return y, rstd
+
+
+def rms_norm_backward(dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Array, Array]:
+    checks.norm_backward("rms_norm_backward", dy, x, w, rstd)
+    if not float32(dy, x, w, rstd):
+        return reference.rms_norm_backward(dy, x, w, rstd)
+    dy, x, w, rstd = floats(dy), floats(x), floats(w), floats(rstd)
+    dx, dw, (N, C) = empty(*x.shape), empty(*w.shape), rows(x)
+    partial = scratch(lib.ent_norm_blocks(N) * C)
+    lib.ent_rms_norm_backward(at(dx), at(dw), at(dy), at(x), at(w), at(rstd), N, C, partial)
+    return dx, dw
+
+
+def layer_norm_forward(x: Array, w: Array, b: Array, *, eps: float) -> tuple[Array, Array, Array]:
+    checks.norm("layer_norm", x, w, b)
+    if not float32(x, w, b) or not x.shape[-1]:
+        return reference.layer_norm_forward(x, w, b, eps=eps)
+    x, w, b = floats(x), floats(w), floats(b)
+    y, mean, rstd = empty(*x.shape), empty(*x.shape[:-1]), empty(*x.shape[:-1])
+    lib.ent_layer_norm_forward(at(y), at(mean), at(rstd), at(x), at(w), at(b), eps, *rows(x))
+    return y, mean, rstd
+
+
+def layer_norm_backward(dy: Array, x: Array, w: Array, mean: Array, rstd: Array) -> tuple[Array, Array, Array]:
+    checks.norm_backward("layer_norm_backward", dy, x, w, mean, rstd)
+    if not float32(dy, x, w, mean, rstd):
+        return reference.layer_norm_backward(dy, x, w, mean, rstd)
+    dy, x, w, mean, rstd = floats(dy), floats(x), floats(w), floats(mean), floats(rstd)
+    dx, dw, db, (N, C) = empty(*x.shape), empty(*w.shape), empty(*w.shape), rows(x)
+    partial = scratch(2 * lib.ent_norm_blocks(N) * C)
+    lib.ent_layer_norm_backward(
+        at(dx), at(dw), at(db), at(dy), at(x), at(w), at(mean), at(rstd), N, C, partial)
+    return dx, dw, db
+
+
+def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
+    checks.rope("rope", x, cos, sin)
+    if not float32(x, cos, sin):
+        return reference.rope_forward(x, cos, sin)
+    x, cos, sin, y, (B, T, H, D) = floats(x), floats(cos), floats(sin), empty(*x.shape), x.shape
+    lib.ent_rope_forward(at(y), at(x), at(cos), at(sin), B, T, H, D // 2)
+    return y
+
+
+def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
+    checks.rope("rope_backward", dy, cos, sin)
+    if not float32(dy, cos, sin):
+        return reference.rope_backward(dy, cos, sin)
+    dy, cos, sin, dx, (B, T, H, D) = floats(dy), floats(cos), floats(sin), empty(*dy.shape), dy.shape
+    lib.ent_rope_backward(at(dx), at(dy), at(cos), at(sin), B, T, H, D // 2)
+    return dx
+
+
+def swiglu_forward(gate: Array, up: Array) -> Array:
+    checks.same_shape("swiglu", "gate up", gate, up)
+    if not float32(gate, up):
+        return reference.swiglu_forward(gate, up)
+    gate, up, y = floats(gate), floats(up), empty(*gate.shape)
+    lib.ent_swiglu_forward(at(y), at(gate), at(up), y.size)
+    return y
+
+
+def swiglu_backward(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    checks.same_shape("swiglu_backward", "dy gate up", dy, gate, up)
+    if not float32(dy, gate, up):
+        return reference.swiglu_backward(dy, gate, up)
+    dy, gate, up, dgate, dup = floats(dy), floats(gate), floats(up), empty(*dy.shape), empty(*dy.shape)
+    lib.ent_swiglu_backward(at(dgate), at(dup), at(dy), at(gate), at(up), dy.size)
+    return dgate, dup
+
+
+def cross_entropy_forward(logits: Array, targets: Array, *, ignore_index: int) -> tuple[Array, Array]:
+    targets = checks.cross_entropy("cross_entropy", logits, targets, ignore_index=ignore_index)
+    if not float32(logits):
+        return reference.cross_entropy_forward(logits, targets, ignore_index=ignore_index)
+    logits, targets, (N, V) = floats(logits), ints(targets), logits.shape
+    losses, lse = empty(N), empty(N)
+    lib.ent_cross_entropy_forward(at(losses), at(lse), at(logits), at_ints(targets), ignore_index, N, V)
+    return losses, lse
+
+
+def cross_entropy_backward(dlosses: Array, logits: Array, targets: Array, lse: Array, *, ignore_index: int) -> Array:
+    targets = checks.cross_entropy("cross_entropy_backward", logits, targets, ignore_index=ignore_index)
+    checks.same_shape("cross_entropy_backward", "dlosses lse targets", dlosses, lse, targets)
+    if not float32(dlosses, logits, lse):
+        return reference.cross_entropy_backward(dlosses, logits, targets, lse, ignore_index=ignore_index)
+    dlosses, logits, targets, lse = floats(dlosses), floats(logits), ints(targets), floats(lse)
+    dlogits, (N, V) = empty(*logits.shape), logits.shape
+    lib.ent_cross_entropy_backward(
+        at(dlogits), at(dlosses), at(logits), at_ints(targets), at(lse), ignore_index, N, V)
+    return dlogits
+
+
+def embedding_backward(dy: Array, ids: Array, *, rows: int) -> Array:
+    ids = checks.embedding_backward(dy, ids, rows=rows)
+    if not float32(dy):
+        return reference.embedding_backward(dy, ids, rows=rows)
+    dy, ids, dw = floats(dy), ints(ids), np.zeros((rows, dy.shape[-1]), F32)
+    lib.ent_embedding_backward(at(dw), at(dy), at_ints(ids), ids.size, dy.shape[-1])
+    return dw
+
+
+def adamw_step(
+    p: Array, g: Array, m: Array, v: Array, *, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, step: int, grad_scale: float,
+) -> None:
+    checks.adamw_step(p, g, m, v, step=step)
+    in_place = all(a.dtype is F32 and a.flags.carray for a in (p, m, v))  # contiguous, aligned, writable
+    if not in_place or not float32(g):
+        return reference.adamw_step(p, g, m, v, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+                                    weight_decay=weight_decay, step=step, grad_scale=grad_scale)
+    g, v_correction, step_size = floats(g), 1 / (1 - beta2**step), lr / (1 - beta1**step)
+    lib.ent_adamw_step(at(p), at(m), at(v), at(g), grad_scale, beta1, 1 - beta1, beta2, 1 - beta2,
+                       v_correction, eps, lr * weight_decay, step_size, p.size)
+
+
+def sum_of_squares(x: Array) -> float:
+    if not float32(x):
+        return reference.sum_of_squares(x)
+    x = floats(x)
+    partial = ffi.cast("double *", scratch(2 * (x.size // 4096 + 1)))
+    return lib.ent_sum_of_squares(at(x), x.size, partial)
 
 
 # ---- attention, linear_cross_entropy --------------------------------------------------------------------------------
+LOGITS_AT_ONCE = 1 << 22  # floats: the chunk of logits that linear_cross_entropy keeps, 16 MB
+
+
+def head_strides(*arrays: Array):
+    """The element strides of q, k, v along their first three axes."""
+    return ffi.new("int64_t[9]", [stride // 4 for a in arrays for stride in a.strides[:3]])
+
+
+def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
+    checks.attention("attention", q, k, v)
+    if not float32(q, k, v) or not q.size:
+        return reference.attention_forward(q, k, v, scale=scale)
+    (B, T, H, D), (S, KH) = q.shape, k.shape[1:3]
+    q, k, v = strided(q), strided(k), strided(v)
+    o, lse = empty(B, T, H, D), empty(B, H, T)
+    work = scratch(lib.ent_attention_forward_scratch(get_num_threads(), B, T, S, H, D))
+    lib.ent_attention_forward(at(o), at(lse), at_strided(q), at_strided(k), at_strided(v), work, scale,
+                              B, T, S, H, KH, D, head_strides(q, k, v))
+    return o, lse
+
+
+def attention_backward(
+    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, *, scale: float
+) -> tuple[Array, Array, Array]:
+    checks.attention_backward("attention_backward", do, q, k, v, o, lse)
+    if not float32(do, q, k, v, o, lse) or not q.size:
+        return reference.attention_backward(do, q, k, v, o, lse, scale=scale)
+    (B, T, H, D), (S, KH) = q.shape, k.shape[1:3]
+    do, o, lse = floats(do), floats(o), floats(lse)
+    q, k, v = strided(q), strided(k), strided(v)
+    dq, dk, dv = empty(B, T, H, D), empty(B, S, KH, D), empty(B, S, KH, D)
+    work = scratch(lib.ent_attention_backward_scratch(get_num_threads(), B, T, S, H, KH, D))
+    lib.ent_attention_backward(at(dq), at(dk), at(dv), at(do), at_strided(q), at_strided(k), at_strided(v), at(o), at(lse),
+                               work, scale, B, T, S, H, KH, D, head_strides(q, k, v))
+    return dq, dk, dv
+
+
+def linear_cross_entropy(
+    x: Array, w: Array, targets: Array, *, ignore_index: int, scale: float, need_dx: bool, need_dw: bool
+) -> tuple[Array, Array | None, Array | None]:
+    targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index)
+    if not float32(x, w):
+        return reference.linear_cross_entropy(
+            x, w, targets, ignore_index=ignore_index, scale=scale, need_dx=need_dx, need_dw=need_dw)
+    x, w, targets = floats(x), floats(w), np.ascontiguousarray(targets)
+    trained = np.flatnonzero(targets != ignore_index)
+    N, C, V = len(trained), x.shape[1], w.shape[0]
+
+    make = np.empty if N == len(targets) else np.zeros  # C writes the trained rows only
+    losses = make(len(targets), F32)
+    dx = make(x.shape, F32) if need_dx else None
+    dw = (np.empty if N else np.zeros)(w.shape, F32) if need_dw else None
+    if N:
+        chunk = linear_cross_entropy_chunk(N, V)
+        work = scratch(lib.ent_linear_cross_entropy_scratch(get_num_threads(), chunk, C, V))
+        lib.ent_linear_cross_entropy(
+            at(losses), ffi.NULL if dx is None else at(dx), ffi.NULL if dw is None else at(dw), at(x), at(w),
+            at_ints(targets), at_ints(trained), work, scale, N, C, V, chunk)
+    return losses, dx, dw
+
+
+def linear_cross_entropy_chunk(N: int, V: int) -> int:
+    """Rows that go together: as few chunks as LOGITS_AT_ONCE allows, of even size; from shapes alone, since the order
+    of dw's sums hangs on it."""
+    most = max(96, LOGITS_AT_ONCE // V)
+    return -(-N // -(-N // most))
+
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------

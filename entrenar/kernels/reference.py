@@ -18,7 +18,7 @@ from entrenar.kernels import checks
 Array = np.ndarray
 
 SUM_BLOCK = 4096  # sum_of_squares adds up blocks of so many numbers
-LOGITS_AT_ONCE = 4 * 1024 * 1024  # linear_cross_entropy holds at most so many logits (16 MB of float32)
+LOGITS_AT_ONCE = 1024 * 1024  # linear_cross_entropy holds at most so many logits (4 MB of float32)
 
 
 def silent() -> np.errstate:

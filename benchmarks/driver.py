@@ -1,0 +1,162 @@
+"""Who is measured when: contenders take turns, each in its own process, and a wrong result stops the race.
+
+Two thread pools that spin in one process slow each other tenfold, so each contender has its own, which sleeps
+while another is timed. A round times every contender once, one after the other (A B A B ...); ratios
+are taken within a round, and the median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arrays import agree
+from benchmarks.protocol import Worker, WorkerError
+from benchmarks.spread import Spread, ratios
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTLE = 0.06  # seconds for a thread pool to stop spinning: OpenBLAS's spins 25 ms, libgomp's less
+TOLERANCE = 1e-4  # of an array's length, in float32
+
+# Thread pools of libraries: whatever the caller's shell says of spinning and pinning is not passed on.
+UNSET = (
+    "OMP_WAIT_POLICY",
+    "OMP_PROC_BIND",
+    "OMP_PLACES",
+    "GOMP_SPINCOUNT",
+    "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY",
+    "KMP_BLOCKTIME",
+    "ENTRENAR_KERNELS",
+    "PYTHONPATH",
+    "PYTHONSTARTUP",
+)
+
+
+Agreement = Callable[
+    [list[float], list[float]], bool
+]  # whether two contenders' checks are of the same results
+
+
+class WrongResult(RuntimeError):
+    """Two contenders do not compute the same; their times mean nothing."""
+
+
+def agreeing(a: list[float], b: list[float]) -> bool:
+    return agree(a, b, tolerance=TOLERANCE)
+
+
+@dataclass
+class Times:
+    """Seconds per run of each contender: one median per round."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def of(self, contender: str) -> Spread:
+        return Spread.of(self.seconds[contender])
+
+    def speedup(self, over: str, of: str = "entrenar") -> Spread:
+        """How many times as fast `of` ran as `over`."""
+        return ratios(self.seconds[of], self.seconds[over])
+
+    def best_peer(self, of: str = "entrenar") -> str | None:
+        peers = [name for name in self.seconds if name != of]
+        return min(peers, key=lambda name: self.of(name).median, default=None)
+
+
+@dataclass
+class Bench:
+    """What a group of benchmarks is given: interpreters, processes, and the rules of the race."""
+
+    peers_python: str = ".venv-peers/bin/python"
+    rounds: int = 5
+    threads: int = 2
+    full: bool = False
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+    root: Path = ROOT
+    machine: dict[str, Any] = field(
+        default_factory=dict
+    )  # filled in by groups/machine.py, before the groups run
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    def python(self, contender: str) -> str:
+        return self.peers_python if contender == "torch" else sys.executable
+
+    def environment(self) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if name not in UNSET}
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ENTRENAR_NUM_THREADS")
+        return env | dict.fromkeys(names, str(self.threads)) | {"HF_HUB_OFFLINE": "1"}
+
+    def start(self, contender: str) -> Worker:
+        """A new process of this contender, the caller's to close."""
+        command = [self.python(contender), "-P", str(self.root / "benchmarks" / "worker.py"), contender]
+        return Worker(command, env=self.environment(), cwd=self.root)
+
+    def worker(self, contender: str) -> Worker:
+        """This contender's process, started when first asked for, or when the last one died, and kept."""
+        if contender not in self.workers or not self.workers[contender].alive():
+            self.workers[contender] = self.start(contender)
+        return self.workers[contender]
+
+    def share_of_peak(self, flops_per_second: float) -> str:
+        return f"{flops_per_second / self.machine['fma_peak']:.0%} of FMA peak"
+
+    def share_of_bandwidth(self, bytes_per_second: float) -> str:
+        return f"{bytes_per_second / self.machine['bandwidth']:.0%} of bandwidth"
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+
+    @cached_property
+    def torch_missing(self) -> str | None:
+        """Why PyTorch takes no part; None if it does."""
+        if not Path(self.peers_python).exists():
+            return f"peer not installed ({self.peers_python} is not there)"
+        try:
+            self.worker("torch").call("machine", "torch_version")
+        except WorkerError as error:
+            self.workers.pop("torch").close()
+            return f"peer not installed ({error})"
+        return None
+
+    def present(self, contenders: Sequence[str]) -> list[str]:
+        """Those of the contenders that can take part."""
+        return [name for name in contenders if name != "torch" or self.torch_missing is None]
+
+    def race(
+        self,
+        group: str,
+        contenders: Sequence[str],
+        *,
+        seconds: float = 0.05,
+        rounds: int | None = None,
+        agree: Agreement = agreeing,
+        workers: dict[str, Worker] | None = None,
+        **args: Any,
+    ) -> Times:
+        """Time a case of a group on each contender, in turns. Raises WrongResult, before timing anything."""
+        workers = workers or {name: self.worker(name) for name in contenders}
+        checks = {name: workers[name].prepare(group, **args) for name in contenders}
+        refuse_wrong(f"{group} {args}", checks, agree)
+        times = Times({name: [] for name in contenders})
+        for _ in range(rounds or self.rounds):
+            for name in contenders:
+                time.sleep(SETTLE)
+                times.seconds[name].append(Spread.of(workers[name].time(seconds)).median)
+        return times
+
+
+def refuse_wrong(what: str, checks: dict[str, list[float]], agree: Agreement) -> None:
+    """Raise WrongResult unless every contender agrees with the first."""
+    first, *others = checks
+    for other in others:
+        if not agree(checks[first], checks[other]):
+            raise WrongResult(f"{what}: {first} computed {checks[first]}, {other} {checks[other]}")

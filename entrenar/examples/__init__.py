@@ -1,0 +1,1 @@
+"""Jobs to run as they are: `python -m entrenar.examples.train`."""

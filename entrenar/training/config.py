@@ -1,0 +1,435 @@
+"""The options of a training run: where each is declared, read, checked and explained.
+
+An option is written in one place: the field of a dataclass below, with its default, its type, its bounds and its
+help. (The fields of [model] are LlamaConfig's own.) TOML files, command-line overrides, `--help` and error messages
+are all made from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from entrenar.llama.config import LlamaConfig
+from entrenar.optim import SCHEDULES
+
+
+def option(default: Any, help: str, *, low: float | None = None, above: float | None = None,
+           high: float | None = None, below: float | None = None, choices: Sequence[str] = ()) -> Any:  # fmt: skip
+    """A dataclass field that is an option: low <= value <= high, above < value < below, one of `choices`."""
+    bounds = {"low": low, "above": above, "high": high, "below": below, "choices": tuple(choices)}
+    return field(default=default, metadata={"help": help} | bounds)
+
+
+# The [model] of the default run, where it differs from LlamaConfig's defaults (which are the 7B LLaMA's).
+MODEL = {
+    "vocab_size": None,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+MODEL_HELP = {
+    "vocab_size": "tokens; none: the tokenizer's size, which is the only one that fits",
+    "hidden_size": "width of the residual stream",
+    "intermediate_size": "width inside the feed-forward block",
+    "num_hidden_layers": "blocks",
+    "num_attention_heads": "heads; they divide hidden_size, or head_dim is given",
+    "num_key_value_heads": "key/value heads, a divisor of the heads; none: as many",
+    "head_dim": "width of a head; none: hidden_size / num_attention_heads",
+    "hidden_act": "activation of the gate",
+    "max_position_embeddings": "longest context; at least training.context",
+    "initializer_range": "standard deviation of the first weights",
+    "rms_norm_eps": "added to the mean square in a norm",
+    "tie_word_embeddings": "the head is the embedding, transposed",
+    "rope_theta": "base of the rotary wavelengths",
+    "rope_scaling": "table for Llama 3.1's longer contexts",
+    "attention_bias": "biases in the attention's projections",
+    "mlp_bias": "biases in the feed-forward block",
+    "bos_token_id": "token that begins a text; none: the tokenizer's end token",
+    "eos_token_id": "token that ends a text; none: the tokenizer's end token",
+}
+
+
+@dataclass
+class Training:
+    """How long, on what batches, and how the weights move."""
+
+    steps: int = option(1200, "updates of the weights", low=1)
+    batch_size: int = option(16, "windows per micro-batch", low=1)
+    accumulation: int = option(1, "micro-batches per update: their tokens count as one big batch", low=1)
+    context: int = option(256, "tokens per window", low=1)
+    beta1: float = option(0.9, "AdamW: memory of the mean gradient", low=0, below=1)
+    beta2: float = option(0.99, "AdamW: memory of its square", low=0, below=1)
+    eps: float = option(1e-8, "AdamW: added to the root of the square", above=0)
+    weight_decay: float = option(0.1, "AdamW: decoupled decay of the matrices, none on norms", low=0)
+    clip_norm: float = option(1.0, "longest gradient, by its norm over all weights; 0: any", low=0)
+    seed: int = option(1, "of first weights, order of batches and samples", low=0)
+    activation_checkpointing: bool = option(False, "recompute activations: less memory, about a third more time")
+    report_every: int = option(10, "steps between lines when there is no terminal to draw on", low=1)
+    eval_every: int = option(200, "steps between looks at a fixed part of the held-out text; 0: only at the end", low=0)
+    eval_tokens: int = option(16384, "tokens in that part, about; the end of the run reads all of it", low=1)
+    eval_overlap: float = option(0.5, "share of each held-out window that was read before: context for the rest",
+                                 low=0, below=1)  # fmt: skip
+    sample_tokens: int = option(200, "longest sample written at the end; 0: none", low=0)
+    sample_prompt: str = option("", "what the sample continues; empty: the beginning of a document")
+    sample_temperature: float = option(0.8, "0: always the most probable token; 1: as the model has it", low=0)
+    sample_top_p: float = option(0.95, "only the likeliest tokens that together have this probability", above=0, high=1)
+
+
+@dataclass
+class LearningRate:
+    """The learning rate over the steps."""
+
+    schedule: str = option("cosine", "how it falls after the warmup", choices=SCHEDULES)
+    learning_rate: float = option(3e-3, "its peak", above=0)
+    warmup_steps: int = option(60, "steps of a straight rise at the start", low=0)
+    min_ratio: float = option(0.05, "the last learning rate, as a share of the peak", low=0, high=1)
+    decay_steps: int = option(240, "wsd alone: steps of the fall at the end", low=0)
+
+
+@dataclass
+class Data:
+    """The text, and how it becomes tokens."""
+
+    source: str = option("stdlib:", "a text file, a folder, a glob pattern, '-' (standard input), or 'stdlib:': the "
+                         "source of Python's own library on this machine")  # fmt: skip
+    held_out: float = option(0.05, "share of the text never trained on", above=0, below=1)
+    tokenizer: str = option("bpe", "'bpe' (trained on this text), 'bytes', or a folder with a tokenizer.json")
+    vocab_size: int = option(2048, "tokens of the BPE, with the 256 bytes and the end of a text", low=257)
+    cache: str = option("", "folder for prepared data; empty: $XDG_CACHE_HOME/entrenar or ~/.cache/entrenar; 'off'")
+
+
+@dataclass
+class Checkpointing:
+    """What is kept, and where."""
+
+    out: str = option("", "the run's folder, new or empty; empty: runs/<date and time>")
+    every: int = option(0, "steps between checkpoints; 0: one at the end (and at Ctrl-C)", low=0)
+    keep: int = option(2, "how many of the newest checkpoints stay, beside the best", low=1)
+    best: bool = option(True, "also write and keep the one with the lowest held-out loss so far")
+
+
+SECTIONS: dict[str, type] = {
+    "model": LlamaConfig,
+    "training": Training,
+    "lr_schedule": LearningRate,
+    "data": Data,
+    "checkpointing": Checkpointing,
+}
+
+
+@dataclass
+class Config:
+    """A whole run. `model` holds LlamaConfig's fields; `llama(vocab_size)` makes the LlamaConfig of them."""
+
+    model: dict[str, Any] = field(default_factory=lambda: {o.name: o.default for o in options("model")})
+    training: Training = field(default_factory=Training)
+    lr_schedule: LearningRate = field(default_factory=LearningRate)
+    data: Data = field(default_factory=Data)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+
+    def llama(self, vocab_size: int, end_id: int | None = None) -> LlamaConfig:
+        """The model's shape, once the tokenizer's size is known.
+
+        Raises ConfigError for a shape that cannot be, or a [model] vocab_size that is not the tokenizer's.
+        """
+        asked = self.model["vocab_size"]
+        if asked not in (None, vocab_size):
+            raise ConfigError(
+                f"[model] vocab_size = {asked}, but the tokenizer has {vocab_size} tokens: leave vocab_size out, "
+                f"or set it to {vocab_size}"
+            )
+        values = self.model | {"vocab_size": vocab_size}
+        for name in ("bos_token_id", "eos_token_id"):
+            values[name] = end_id if values[name] is None else values[name]
+        try:
+            return LlamaConfig(**values)
+        except ValueError as error:
+            raise ConfigError(f"[model] {str(error).removeprefix('LlamaConfig: ')}") from None
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """All options by section and name, as in a TOML file."""
+        own = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS if name != "model"}
+        return {"model": dict(self.model)} | own
+
+    def set(self, option: Option, value: Any) -> None:
+        if option.section == "model":
+            self.model[option.name] = value
+        else:
+            setattr(getattr(self, option.section), option.name, value)
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names every problem, where it stands, and what was wanted."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: what `--help` shows and what a value must be."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any
+    limits: Mapping[str, Any]
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def kinds(self) -> tuple[type, ...]:
+        """The Python types a value may have; NoneType among them where "none" is an answer."""
+        parts = typing.get_args(self.type) if isinstance(self.type, types.UnionType) else (self.type,)
+        kinds = tuple(typing.get_origin(part) or part for part in parts)
+        return tuple(dict.fromkeys(kinds if self.default is not None else (*kinds, types.NoneType)))
+
+    @property
+    def help(self) -> str:
+        return MODEL_HELP.get(self.name, "") if self.section == "model" else self.limits["help"]
+
+    def wanted(self) -> str:
+        """What a value must be, in words."""
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a table",
+                 types.NoneType: '"none"'}  # fmt: skip
+        if choices := self.limits.get("choices"):
+            return "one of " + ", ".join(choices)
+        phrases = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+        bounds = [f"{p} {self.limits[b]:g}" for b, p in phrases.items() if self.limits.get(b) is not None]
+        return " or ".join(words[kind] for kind in self.kinds) + (" " + " and ".join(bounds) if bounds else "")
+
+    def check(self, value: Any) -> Any:
+        """The value as this option's type. Raises ValueError where it is not one."""
+        if types.NoneType in self.kinds and value in ("none", None):
+            return None
+        if float in self.kinds and type(value) is int:
+            value = float(value)
+        if type(value) not in self.kinds or (type(value) is float and not math.isfinite(value)):
+            raise ValueError(self.wanted())
+        get = self.limits.get
+        if choices := get("choices"):
+            fits = value in choices
+        elif type(value) in (int, float):
+            fits = (get("low") is None or value >= get("low")) and (get("above") is None or value > get("above"))
+            fits = fits and (get("high") is None or value <= get("high"))
+            fits = fits and (get("below") is None or value < get("below"))
+        else:
+            fits = True
+        if not fits:
+            raise ValueError(self.wanted())
+        return value
+
+    def parse(self, text: str) -> Any:
+        """The value of a command line's word. Raises ValueError where it is not this option's type."""
+        if str in self.kinds:
+            return self.check(text)
+        number = text.replace("_", "")
+        for kind in (int, float):
+            if kind in self.kinds and number == number.strip():
+                try:
+                    return self.check(kind(number))
+                except ValueError:
+                    pass
+        try:
+            return self.check(tomllib.loads(f"x = {text}")["x"])
+        except tomllib.TOMLDecodeError:
+            return self.check(text)
+
+
+def options(section: str | None = None) -> list[Option]:
+    """Every option, or those of one section, in order."""
+    found = []
+    for name, kind in SECTIONS.items() if section is None else [(section, SECTIONS[section])]:
+        hints = typing.get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            default = MODEL.get(f.name, f.default) if name == "model" else f.default
+            found.append(Option(name, f.name, hints[f.name], default, f.metadata))
+    return found
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One `key = value` as it came, and where: "run.toml line 3", or "--training.steps"."""
+
+    where: str
+    section: str
+    name: str
+    value: Any
+    is_text: bool = False  # from the command line: still to be parsed
+
+
+def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+    """The defaults, then the TOML file, then overrides ("section.key", "value"), checked together.
+
+    Raises ConfigError with every problem found, not only the first.
+    """
+    problems: list[str] = []
+    settings = _from_file(Path(file), problems) if file is not None else []
+    for name, value in overrides:
+        section, _, key = name.partition(".")
+        settings.append(Setting(f"--{name} {value}", section, key, value, is_text=True))
+
+    config, places, known = Config(), {}, {o.full_name: o for o in options()}
+    for s in settings:
+        option = known.get(f"{s.section}.{s.name}")
+        if option is None:
+            problems.append(f"{s.where}: no such option; {_nearest(s, known)}")
+            continue
+        try:
+            config.set(option, option.parse(s.value) if s.is_text else option.check(s.value))
+            places[option.full_name] = s.where
+        except ValueError as error:
+            problems.append(f"{s.where}: wanted {error}")
+    problems += _contradictions(config, places) if not problems else []
+    if problems:
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} with the configuration:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _from_file(path: Path, problems: list[str]) -> list[Setting]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
+    except OSError as error:
+        problems.append(f"{path}: cannot be read: {error.strerror}")
+        return []
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: not TOML: {error}")
+        return []
+    lines, settings = _line_numbers(text), []
+    for section, values in content.items():
+        if not isinstance(values, dict):
+            settings.append(Setting(_place(path, lines, "", section, values), "", section, values))
+            continue
+        if section not in SECTIONS and not values:
+            settings.append(Setting(f"{path} line {lines.get((section, ''), '?')}: [{section}]", section, "", None))
+        for name, value in values.items():
+            settings.append(Setting(_place(path, lines, section, name, value), section, name, value))
+    return settings
+
+
+def _place(path: Path, lines: Mapping[tuple[str, str], int], section: str, name: str, value: Any) -> str:
+    line = lines.get((section, name))
+    at = f"{path} line {line}" if line else f"{path}"
+    return f"{at}: [{section}] {name} = {_toml(value)}" if section else f"{at}: {name} = {_toml(value)}"
+
+
+def _line_numbers(text: str) -> dict[tuple[str, str], int]:
+    """(section, key) -> line, of `[section]` headers and `key =` below them. tomllib itself keeps no places."""
+    found: dict[tuple[str, str], int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+            section = header[1]
+            found.setdefault((section, ""), number)
+        elif key := re.match(r"\s*[\"']?([\w.-]+)[\"']?\s*=", line):
+            name = f"{section}.{key[1]}".lstrip(".")
+            found.setdefault((section, key[1]), number)
+            found.setdefault(tuple(name.split(".", 1)) if "." in name else ("", name), number)  # type: ignore[arg-type]
+    return found
+
+
+def _nearest(s: Setting, known: Mapping[str, Option]) -> str:
+    """A way out for an unknown name: its other section, the nearest name, or where to look."""
+    asked = f"{s.section}.{s.name}".strip(".")
+    own = [o.name for o in known.values() if o.section == s.section]
+    elsewhere = [o for o in known.values() if o.name == s.name]
+    if elsewhere:
+        return f"did you mean {elsewhere[0].full_name}?"
+    if close := difflib.get_close_matches(s.name, own, 1, cutoff=0.6):
+        return f"did you mean {s.section}.{close[0]}?"
+    by_name = {o.name: o.full_name for o in known.values()}
+    if s.section not in SECTIONS and (close := difflib.get_close_matches(asked, known, 1, cutoff=0.6)):
+        return f"did you mean {close[0]}?"
+    if close := difflib.get_close_matches(s.name, by_name, 1, cutoff=0.75):
+        return f"did you mean {by_name[close[0]]}?"
+    if s.section not in SECTIONS:
+        close = difflib.get_close_matches(s.section or s.name, SECTIONS, 1, cutoff=0.5)
+        return f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(SECTIONS)}"
+    return f"[{s.section}] has {', '.join(own)}"
+
+
+def _contradictions(config: Config, places: Mapping[str, str]) -> list[str]:
+    """What each value allows, but not all of them together."""
+    t, lr, problems = config.training, config.lr_schedule, []
+
+    def at(name: str) -> str:
+        section, _, key = name.partition(".")
+        return places.get(name) or f"{name} = {config.sections()[section][key]} (the default)"
+
+    try:
+        size = config.model["vocab_size"]
+        shape = config.llama(257 if size is None else size)
+        if t.context > shape.max_position_embeddings:
+            limit = f"model.max_position_embeddings = {shape.max_position_embeddings}"
+            problems.append(f"{at('training.context')}: wanted at most {limit}")
+    except ConfigError as error:
+        message = str(error).removeprefix("[model] ")
+        name = message.split()[0].rstrip(":,=")
+        where = places.get(f"model.{name}")
+        problems.append(f"{where}: {message}" if where else str(error))
+    if lr.warmup_steps > t.steps:
+        problems.append(f"{at('lr_schedule.warmup_steps')}: wanted at most training.steps = {t.steps}")
+    if lr.schedule == "wsd" and lr.decay_steps + lr.warmup_steps > t.steps:
+        room = t.steps - lr.warmup_steps
+        problems.append(f"{at('lr_schedule.decay_steps')}: wanted at most {room}, the steps after the warmup")
+    return problems
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as a TOML file that reads back as the same."""
+    parts = []
+    for section, values in config.sections().items():
+        parts.append("\n".join([f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in values.items())]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+
+
+def help_text(width: int = 100) -> str:
+    """Every option with its default and its meaning, for `--help`."""
+    import textwrap
+
+    lines = []
+    for section, kind in SECTIONS.items():
+        about = "The model's shape, by Hugging Face's names." if section == "model" else kind.__doc__
+        lines += ["", f"[{section}]  {about}"]
+        for o in options(section):
+            head = f"  --{o.full_name} "
+            kinds = f"{o.wanted()}; " if o.limits.get("choices") else ""
+            text = f"{o.help} ({kinds}default {_toml(o.default)})"
+            lines += textwrap.wrap(text, width, initial_indent=head.ljust(40), subsequent_indent=" " * 40)
+    return "\n".join(lines)

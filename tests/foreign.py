@@ -1,0 +1,216 @@
+"""The C kernels in a process of their own: for another processor, under its emulator, or for other vector widths.
+
+A small driver, generated from csrc/kernels.h and compiled together with csrc/kernels.c into one program, waits for
+calls on its standard input: which kernel, then every argument, an array as its bytes. It copies arrays into memory of
+exactly their size (so a sanitizer sees every step outside, in outputs as well), calls, and sends back what may have
+changed. `attach` puts it under entrenar.kernels.native in place of the compiled module: the same wrappers, the same
+tests, other silicon.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CSRC = Path(__file__).parent.parent / "csrc"
+FLAGS = ("-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  # as in setup.py
+
+
+class Parameter(NamedTuple):
+    """One parameter of a kernel."""
+
+    kind: str  # "pointer", "float" (float or double) or "int"
+    name: str
+    const: bool
+
+
+class Kernel(NamedTuple):
+    result: str
+    name: str
+    parameters: list[Parameter]
+
+
+def kernels_of(header: str) -> list[Kernel]:
+    header = re.sub(r"//.*|\brestrict\b", "", header)
+    found = []
+    for result, name, parameters in re.findall(r"^(\w+)\s+(ent_\w+)\s*\(([^)]*)\)\s*;", header, re.MULTILINE):
+        found.append(Kernel(result, name, [parameter(text) for text in parameters.split(",")]))
+    return found
+
+
+def parameter(text: str) -> Parameter:
+    kind = "pointer" if "*" in text else "int" if "int64_t" in text else "float"
+    return Parameter(kind, re.findall(r"\w+", text)[-1], "const" in text)
+
+
+DRIVER = """
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include "kernels.c"
+
+int ent_num_threads = 1;
+enum { LONGEST = 32 };
+static void *block[LONGEST], *pointer[LONGEST];
+static int64_t size[LONGEST], whole[LONGEST];
+static double real[LONGEST];
+
+static void get(void *to, int64_t n) { if (n && fread(to, 1, n, stdin) != (size_t)n) exit(0); }
+static void put(const void *from, int64_t n) { if (n && fwrite(from, 1, n, stdout) != (size_t)n) exit(3); }
+
+static void get_array(int i, int filled) {          /* size or -1 for NULL, offset of the pointer, bytes */
+    int64_t offset;
+    get(&size[i], 8), get(&offset, 8);
+    block[i] = size[i] < 0 ? 0 : aligned_alloc_exactly(size[i]);
+    if (filled && size[i] > 0) get(block[i], size[i]);
+    pointer[i] = size[i] < 0 ? 0 : (char *)block[i] + offset;
+}
+
+int main(void) {
+    for (;;) {
+        int64_t which;
+        double result = 0;
+        get(&which, 8);
+        switch (which) {
+%(cases)s
+        }
+        fflush(stdout);
+        for (int i = 0; i < LONGEST; i++) { release(block[i]); block[i] = 0; }
+    }
+}
+"""
+
+# Scratch must lie at a multiple of 64; malloc, which sanitizers watch to the byte, promises 16.
+MEMORY = """
+#include <stddef.h>
+static void *aligned_alloc_exactly(int64_t n) {
+    void *p = 0;
+    return posix_memalign(&p, 64, n ? n : 1) ? 0 : p;
+}
+static void release(void *p) { free(p); }
+"""
+
+
+def driver(kernels: list[Kernel]) -> str:
+    cases = []
+    for number, kernel in enumerate(kernels):
+        get, call, put = [], [], []
+        for i, (kind, name, const) in enumerate(kernel.parameters):
+            if kind == "pointer":
+                get.append(f"get_array({i}, {int(name != 'scratch')});")
+                call.append(f"pointer[{i}]")
+                if not const and name != "scratch":
+                    put.append(f"if (size[{i}] > 0) put(block[{i}], size[{i}]);")
+            elif kind == "int":
+                get.append(f"get(&whole[{i}], 8);")
+                call.append(f"whole[{i}]")
+            else:
+                get.append(f"get(&real[{i}], 8);")
+                call.append(f"real[{i}]")
+        assign = "" if kernel.result == "void" else "result = "
+        lines = [*get, f"{assign}{kernel.name}({', '.join(call)});", "put(&result, 8);", *put, "break;"]
+        cases.append(f"        case {number}:\n            " + "\n            ".join(lines))
+    text = DRIVER % {"cases": "\n".join(cases)}
+    return text.replace("static void get_array", MEMORY + "\nstatic void get_array")
+
+
+def compile_driver(compiler: str, folder: Path, *flags: str) -> Path:
+    """The driver as a program in `folder`, compiled with `flags` besides what setup.py always uses."""
+    source, program = folder / "driver.c", folder / "driver"
+    source.write_text(driver(kernels_of((CSRC / "kernels.h").read_text())))
+    done = subprocess.run(
+        [compiler, *FLAGS, *flags, f"-I{CSRC}", "-o", str(program), str(source), "-lm"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return program
+
+
+class Foreign:
+    """Stands for cffi's `lib`: every kernel as a function of arrays, run by the driver."""
+
+    ent_num_threads = 1
+
+    def __init__(self, command: list[str]):
+        kernels = kernels_of((CSRC / "kernels.h").read_text())
+        self.kernels = {kernel.name: (number, kernel) for number, kernel in enumerate(kernels)}
+        self.calls = 0
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def __getattr__(self, name: str):
+        if name not in self.kernels:
+            raise AttributeError(name)
+        return lambda *values: self.call(*self.kernels[name], values)
+
+    def call(self, number: int, kernel: Kernel, values: tuple) -> float | int | None:
+        message, changed = [struct.pack("q", number)], []
+        for (kind, name, const), value in zip(kernel.parameters, values, strict=True):
+            if kind == "int":
+                message.append(struct.pack("q", value))
+            elif kind == "float":
+                message.append(struct.pack("d", value))
+            elif value is None:
+                message.append(struct.pack("qq", -1, 0))
+            else:
+                low, high = np.lib.array_utils.byte_bounds(value) if value.size else (value.ctypes.data,) * 2
+                message.append(struct.pack("qq", high - low, value.ctypes.data - low))
+                if name != "scratch":
+                    message.append(ctypes.string_at(low, high - low))
+                    if not const:
+                        changed.append((low, high - low))
+        self.calls += 1
+        try:
+            self.process.stdin.write(b"".join(message))
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self.died(kernel)
+        (result,) = struct.unpack("d", self.read(8, kernel))
+        for low, size in changed:
+            ctypes.memmove(low, self.read(size, kernel), size)
+        return {"void": None, "int64_t": int(result), "double": result}[kernel.result]
+
+    def read(self, size: int, kernel: Kernel) -> bytes:
+        data = self.process.stdout.read(size)
+        return data if len(data) == size else self.died(kernel)
+
+    def died(self, kernel: Kernel):
+        error = self.process.stderr.read().decode(errors="replace")
+        raise AssertionError(f"{kernel.name}: the driver ended with {self.process.wait()}\n{error[-4000:]}")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=10)
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+class ArraysForPointers:
+    """Stands for cffi's `ffi`: what would be a pointer stays the array it points to."""
+
+    NULL = None
+
+    @staticmethod
+    def cast(kind: str, array: np.ndarray) -> np.ndarray:
+        return array
+
+    @staticmethod
+    def new(kind: str, values: Any) -> np.ndarray:
+        return np.array(values, np.int64)
+
+
+def attach(native: Any, foreign: Foreign, monkeypatch: Any) -> None:
+    """From here on, native's wrappers run their kernels in the driver."""
+    monkeypatch.setattr(native, "lib", foreign)
+    monkeypatch.setattr(native, "ffi", ArraysForPointers)
+    for pointer in ("at", "at_strided", "at_ints"):
+        monkeypatch.setattr(native, pointer, lambda array: array)
+    monkeypatch.setattr(native, "scratch", lambda size: np.empty(size, np.float32))

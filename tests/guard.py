@@ -1,0 +1,73 @@
+"""Arrays that end, or start, at a page no one may touch: a kernel that reads one element too far dies at once.
+
+Run as a program, `python guard.py ISA` calls every kernel of kernel_cases.py on such arrays, naming each case on a
+line of its own before it runs: the last line of a crashed run is the culprit. `python guard.py overrun` and
+`underrun` are the controls: they read one element outside, and must die. AddressSanitizer (`make sanitize`) is the
+wider net, but does not see an overrun inside a larger array.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import kernel_cases
+import numpy as np
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0
+
+
+def guarded(x: np.ndarray, side: str) -> np.ndarray:
+    """A copy of `x` whose last element touches a forbidden page (side "end"), or whose first does ("start")."""
+    pages = -(-max(x.nbytes, 1) // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    forbidden = base + pages * PAGE if side == "end" else base
+    offset = pages * PAGE - x.nbytes if side == "end" else PAGE
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(forbidden), PAGE, PROT_NONE):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = np.frombuffer(memory, x.dtype, x.size, offset).reshape(x.shape)  # keeps `memory` alive
+    copy[...] = x
+    return copy
+
+
+def guarded_args(args: dict, side: str) -> dict:
+    return {name: guarded(x, side) if isinstance(x, np.ndarray) else x for name, x in args.items()}
+
+
+def run_in_place(kernels, case, args) -> None:
+    """As kernel_cases.run, but an in-place kernel works on the guarded arrays themselves."""
+    arrays, constants = kernel_cases.split(args)
+    getattr(kernels, case.kernel)(*arrays.values(), **constants)
+
+
+def run_all(isa: str) -> None:
+    from entrenar import kernels
+
+    kernels.use_isa(isa)
+    rng = np.random.default_rng(0)
+    for case in kernel_cases.CASES:
+        sizes = [*case.sizes, *(tail(n) for tail in case.tails for n in range(1, 36))]
+        for size in sizes:
+            args = case.make(rng, **size)
+            for side in ("end", "start"):
+                print(case.kernel, size, side, flush=True)
+                run_in_place(kernels, case, guarded_args(args, side))
+    print("done", flush=True)
+
+
+def touch_outside(side: str) -> None:
+    """Reads the element next to a guarded array, on the forbidden page."""
+    x = guarded(np.ones(5, np.float32), side)
+    outside = x.ctypes.data + (x.nbytes if side == "end" else -x.itemsize)
+    print("touching", flush=True)
+    print(ctypes.c_float.from_address(outside).value, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] in ("overrun", "underrun"):
+        touch_outside("end" if sys.argv[1] == "overrun" else "start")
+    else:
+        run_all(sys.argv[1])

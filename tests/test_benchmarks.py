@@ -1,0 +1,331 @@
+"""The benchmarks' own machinery: statistics, the protocol (with contenders made up here), refusals, tables."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks" / "driver.py").exists():
+    pytest.skip("benchmarks/ is not part of an installation", allow_module_level=True)
+sys.path.append(str(ROOT))  # behind everything: an installed entrenar stays the one that is imported
+
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import report  # noqa: E402
+from benchmarks.arrays import agree, fingerprint, normal  # noqa: E402
+from benchmarks.driver import Bench, Times, WrongResult  # noqa: E402
+from benchmarks.groups import GROUPS, default_run, gemm, ops, startup, step  # noqa: E402
+from benchmarks.protocol import Worker, WorkerError, peak_memory  # noqa: E402
+from benchmarks.report import Report, Row, Target  # noqa: E402
+from benchmarks.spread import Spread, geometric_mean, ratios  # noqa: E402
+
+# Contenders whose case is a sleep; `wrong` and `nan` compute something else, `broken` raises, `dying` dies.
+CONTENDERS = """
+import os, sys, time
+sys.path.append({root!r})
+from benchmarks.protocol import Case, Server
+
+def sleeper(seconds, check):
+    return lambda scale=1.0: Case(lambda: time.sleep(seconds * scale), [check, 1.0])
+
+def broken(**args):
+    raise ValueError("no such matrix")
+
+def dying(**args):
+    print("out of memory", file=sys.stderr)
+    os._exit(3)
+
+class Group:
+    CONTENDERS = dict(quick=sleeper(0.003, 5.0), slow=sleeper(0.006, 5.0), wrong=sleeper(0.003, 5.1),
+                      nan=sleeper(0.003, float("nan")), broken=broken, dying=dying)
+    @staticmethod
+    def twice(x):
+        return 2 * x
+
+Server(sys.argv[1], lambda group: Group).serve(sys.stdin, sys.stdout)
+"""
+
+MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 2, "isa": "avx2", "backend": "native", "fma_peak": 1e11,
+           "bandwidth": 2e10, "python": "3.11", "peers": "numpy 2"}  # fmt: skip
+
+
+@pytest.fixture
+def bench(tmp_path):
+    script = tmp_path / "contender.py"
+    script.write_text(CONTENDERS.format(root=str(ROOT)))
+
+    class Fake(Bench):
+        def start(self, contender):
+            return Worker([sys.executable, str(script), contender])
+
+    bench = Fake(rounds=3, say=lambda line: None)
+    yield bench
+    bench.close()
+
+
+# -- statistics
+
+
+def test_a_ratio_is_the_peers_time_over_ours_round_by_round():
+    assert ratios([1.0, 2.0, 4.0], [2.0, 2.0, 12.0]) == Spread(2.0, 1.0, 3.0)
+    with pytest.raises(ValueError, match="zip"):
+        ratios([1.0], [1.0, 2.0])
+
+
+def test_geometric_mean_of_twice_and_half_is_one():
+    assert math.isclose(geometric_mean([2.0, 0.5]), 1.0)
+    with pytest.raises(ValueError, match="no values"):
+        geometric_mean([])
+
+
+def test_the_better_peer_is_chosen_by_its_median():
+    times = Times({"entrenar": [1.0, 1.0, 1.0], "numpy": [0.1, 3.0, 3.0], "torch": [2.0, 2.0, 2.0]})
+    assert times.best_peer() == "torch"
+    assert times.speedup(over="torch").median == 2.0
+
+
+def test_a_target_is_met_on_its_own_side_only():
+    assert Target(">=", 0.9).met(0.9) and not Target(">=", 0.9).met(0.899)
+    assert Target("<=", 0.6).met(0.6) and not Target("<", 0.6).met(0.6)
+
+
+# -- comparing results
+
+
+@pytest.mark.parametrize("change", ["one element", "all, a little", "sign", "order", "nan", "all zero"])
+def test_fingerprints_tell_wrong_arrays_from_right_ones(change):
+    right, wrong = normal(0, 40, 50), normal(0, 40, 50)
+    if change == "one element":
+        wrong[17, 3] += 1
+    elif change == "all, a little":
+        wrong *= np.float32(1.001)
+    elif change == "sign":
+        wrong = -wrong
+    elif change == "order":
+        wrong = wrong[::-1]
+    elif change == "nan":
+        wrong[0, 0] = np.nan
+    else:
+        wrong[:] = 0
+    assert not agree(fingerprint(right), fingerprint(wrong), tolerance=1e-4)
+
+
+def test_fingerprints_forgive_rounding_and_layout():
+    a = normal(0, 40, 50)
+    nearly = (a.astype(np.float64) * (1 + 1e-7 * np.arange(50))).astype(np.float32)
+    assert agree(fingerprint(a, a), fingerprint(np.asfortranarray(a), nearly), tolerance=1e-4)
+    assert not agree(fingerprint(a), fingerprint(a, a), tolerance=1e-4)
+
+
+# -- contenders in processes of their own
+
+
+def test_contenders_take_turns_and_the_slower_one_is_found(bench):
+    times = bench.race("group", ["quick", "slow"], seconds=0.01)
+    assert [len(times.seconds[name]) for name in ("quick", "slow")] == [3, 3]
+    assert times.speedup(of="quick", over="slow").median > 1.2
+
+
+@pytest.mark.parametrize("contender", ["wrong", "nan"])
+def test_a_contender_that_computes_something_else_is_refused_before_timing(bench, contender):
+    with pytest.raises(WrongResult, match=f"quick computed .*, {contender} "):
+        bench.race("group", ["quick", contender])
+
+
+def test_a_step_with_a_wrong_loss_is_refused(bench):
+    assert step.same_losses([10.3735, 9.9], [10.37355, 9.9])
+    assert not step.same_losses([10.3735, 9.9], [10.3735, 9.9002])
+    assert not step.same_losses([10.0], [10.0, 9.0])
+    with pytest.raises(WrongResult):
+        bench.race("group", ["quick", "wrong"], agree=step.same_losses)
+
+
+def test_a_contender_that_raises_says_why_and_goes_on(bench):
+    worker = bench.worker("broken")
+    with pytest.raises(WorkerError, match="ValueError: no such matrix"):
+        worker.prepare("group")
+    with pytest.raises(WorkerError, match="nothing is prepared"):
+        worker.time(0.0)
+    assert worker.call("group", "twice", x=21) == 42
+    assert worker.peak() > 1 << 20
+
+
+def test_a_contender_that_dies_leaves_its_last_words_and_is_started_again(bench):
+    with pytest.raises(WorkerError, match=r"ended \(status 3\): out of memory"):
+        bench.worker("dying").prepare("group")
+    assert bench.worker("dying").call("group", "twice", x=1) == 2
+
+
+def test_a_peer_that_is_not_installed_is_left_out(tmp_path):
+    bench = Bench(peers_python=str(tmp_path / "python"))
+    assert bench.present(("entrenar", "numpy", "torch")) == ["entrenar", "numpy"]
+    assert "peer not installed" in bench.torch_missing
+
+
+def test_peak_memory_sees_a_large_array():
+    before = peak_memory()
+    np.ones(50 << 20, np.uint8)
+    assert peak_memory() >= before
+
+
+# -- the run
+
+
+def group_of(*rows):
+    class Group:
+        @staticmethod
+        def rows(bench):
+            for row in rows:
+                if isinstance(row, BaseException):
+                    raise row
+                yield row
+
+    return Group
+
+
+@pytest.fixture
+def no_machine(monkeypatch):
+    monkeypatch.setattr(command.machine, "facts", lambda bench: MACHINE)
+
+
+def row(group="gemm", name="a product", median=0.95, **more):
+    return Row(group, name, "x", Spread(median, 0.9, 1.0), **more)
+
+
+def test_ctrl_c_keeps_what_was_measured(monkeypatch, no_machine):
+    monkeypatch.setitem(GROUPS, "gemm", group_of(row(), KeyboardInterrupt()))
+    monkeypatch.setitem(GROUPS, "step", group_of(row("step")))
+    result, fine = command.run(Bench(say=print), ["gemm", "step"], say=lambda line: None)
+    assert [r.group for r in result.rows] == ["gemm"] and not fine
+
+
+def test_a_refused_result_makes_the_run_fail_and_stands_in_the_table(monkeypatch, no_machine):
+    monkeypatch.setitem(GROUPS, "gemm", group_of(row(), WrongResult("entrenar computed [1], numpy [2]")))
+    monkeypatch.setitem(GROUPS, "step", group_of(row("step")))
+    result, fine = command.run(Bench(say=lambda line: None), ["gemm", "step"], say=lambda line: None)
+    assert not fine and [r.failed for r in result.rows] == [False, True, False]
+    assert "not measured: entrenar computed [1], numpy [2]" in result.markdown()
+
+
+def test_groups_are_chosen_by_name_and_slow_ones_only_when_asked_for():
+    def names(*arguments):
+        return command.chosen(command.parser().parse_args(arguments))
+
+    assert names() == ["gemm", "step", "ops", "startup", "engine"]
+    assert names("--only", "step,gemm") == ["gemm", "step"]
+    assert names("--full", "--default-run") == list(GROUPS)
+    assert names("--only", "default-run") == ["default_run"]
+    with pytest.raises(SystemExit, match="unknown group speed: wanted some of gemm"):
+        names("--only", "speed")
+
+
+# -- the report
+
+
+def test_rows_survive_json_and_a_partial_run_keeps_the_other_groups(tmp_path):
+    first = Report(MACHINE, "2026-11-20T10:00:00", 5)
+    first.add(row("step", "a step", target=Target(">=", 1.2)))
+    first.add(row("gemm", "an old product"))
+    first.write_latest(tmp_path, ["gemm", "step"])
+    second = Report(MACHINE, "2026-11-21T10:00:00", 5)
+    second.add(row("gemm", "a new product"))
+    second.write_latest(tmp_path, ["gemm", "step"])
+    merged = Report.read(tmp_path / "latest.json")
+    assert [(r.name, r.date[:10]) for r in merged.rows] == [
+        ("a new product", "2026-11-21"),
+        ("a step", "2026-11-20"),
+    ]
+    assert merged.rows[1].met is False
+    assert "measured 2026-11-20" in merged.markdown()
+    third = Report(MACHINE | {"cpu": "another"}, "2026-11-22T10:00:00", 5, [row("gemm")])
+    third.write_latest(tmp_path, ["gemm", "step"])
+    assert len(third.rows) == 1, "rows of another machine must not be mixed in"
+
+
+def test_a_trial_is_not_written_down_and_an_unusual_run_only_into_the_history(tmp_path, monkeypatch):
+    docs = tmp_path / "benchmarks.md"
+    docs.write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    monkeypatch.delenv("ENTRENAR_ISA", raising=False)
+
+    def written(*arguments):
+        result = Report(MACHINE, "2026-11-20T10:00:00", 5)
+        result.add(row())
+        where = ["--results", str(tmp_path), "--docs", str(docs)]
+        return [
+            path.name for path in command.record(result, command.parser().parse_args([*arguments, *where]))
+        ]
+
+    assert written("--rounds", "1") == []
+    assert written("--threads", "7") == ["2026-11-20T100000.json"]
+    assert "old" in docs.read_text()
+    assert written() == ["2026-11-20T100000.json", "latest.json", "benchmarks.md"]
+    assert "a product" in docs.read_text()
+    assert json.loads((tmp_path / "latest.json").read_text())["rows"][0]["measured"]["median"] == 0.95
+
+
+def test_the_table_says_target_measured_and_whether_it_is_met():
+    rows = [row(target=Target(">=", 0.9)), row(median=0.5, target=Target(">=", 0.9)), row(name="x | y")]
+    result = Report(MACHINE, "2026-11-20T10:00:00", 5)
+    for each in rows:
+        result.add(each)
+    lines = result.markdown().splitlines()
+    assert "| a product | >= 0.9x | 0.950x (0.900-1.00) | yes |  |  |" in lines
+    assert "| a product | >= 0.9x | 0.500x (0.900-1.00) | **no** |  |  |" in lines
+    assert r"| x \| y |  | 0.950x (0.900-1.00) |  |  |  |" in lines
+
+
+def test_only_the_text_between_the_markers_is_replaced():
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.between(text, "new", "x.md") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    with pytest.raises(ValueError, match="x.md: wanted the markers"):
+        report.between("no markers", "new", "x.md")
+
+
+def test_the_documentation_has_the_markers():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    report.between(text, "", "docs/benchmarks.md")
+
+
+@pytest.mark.parametrize("value, unit, text", [
+    (0.18312, "s", "0.183 s"), (1.234, "x", "1.23x"), (142.3, "GFLOP/s", "142 GFLOP/s"),
+    (12.0, "ms", "12.0 ms"), (0.0, "s", "0 s"), (100.4, "", "100"), (99.96, "ms", "100 ms"),
+])  # fmt: skip
+def test_numbers_have_three_digits_and_a_unit(value, unit, text):
+    assert report.number(value, unit) == text
+
+
+# -- the cases
+
+
+def test_gemm_covers_three_models_and_all_forms():
+    products = list(gemm.products())
+    assert {p.model for p in products} == {"15m", "124m", "1b"} and {p.form for p in products} == set(
+        gemm.FORMS
+    )
+    assert min(p.tokens for p in products) == 64 and max(p.tokens for p in products) == 4096
+    for form in gemm.FORMS:
+        a, b = gemm.operands(form, 5, 3, 4)
+        assert {a.shape[0], a.shape[1], b.shape[1]} == {3, 4, 5} and a.shape[1] == b.shape[0]
+
+
+@pytest.mark.parametrize("name", [*ops.OPERATIONS, ops.OPTIMIZER])
+def test_every_operation_has_both_sides_and_an_amount(name):
+    if name != ops.OPTIMIZER:
+        operation = ops.OPERATIONS[name]
+        assert bool(operation.floats) != bool(operation.flops)
+
+
+def test_the_first_loss_is_found_in_the_plain_report_and_nowhere_else():
+    assert startup.LOSS.search("step=1/1200 loss=7.6123 bits_per_byte=3.1")
+    assert not startup.LOSS.search("step=0 held_out_loss=7.6")
+
+
+def test_the_outcome_of_a_run_is_read_from_its_metrics():
+    events = [{"event": "step", "step": 1, "seconds": 0.5},
+              {"event": "held_out", "bits_per_byte": 3.0, "whole": False},
+              {"event": "step", "step": 2, "seconds": 1.0},
+              {"event": "held_out", "bits_per_byte": 1.6, "whole": True}]  # fmt: skip
+    assert default_run.outcome("\n".join(map(json.dumps, events))) == (1.0, 1.6, 2)

@@ -1,0 +1,94 @@
+"""Checkpoints: whole or not there, readable by others, and complete."""
+
+import json
+
+import numpy as np
+import pytest
+
+from entrenar import optim, random
+from entrenar.data import ByteTokenizer
+from entrenar.llama import Llama, LlamaConfig
+from entrenar.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_step, saved_steps
+
+SHAPE = LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                    max_position_embeddings=16, tie_word_embeddings=True)  # fmt: skip
+
+
+@pytest.fixture
+def parts():
+    random.seed(3)
+    model = Llama(SHAPE)
+    optimizer = optim.AdamW(model.named_parameters())
+    for p in model.parameters():
+        p.grad = np.ones_like(p.data)
+    optimizer.step()
+    return {"model": model, "tokenizer": ByteTokenizer(), "optimizer": optimizer, "state": {"step": 1}}
+
+
+def test_what_is_saved_is_loaded(parts, tmp_path):
+    save_checkpoint(tmp_path / "c", **parts)
+    loaded = load_checkpoint(tmp_path / "c")
+    assert loaded.config == SHAPE and loaded.state["step"] == 1 and loaded.tokenizer.kind == "bytes"
+    for name, array in parts["model"].state_dict().items():
+        np.testing.assert_array_equal(loaded.model().state_dict()[name], array)
+    other = optim.AdamW(loaded.model().named_parameters())
+    other.load_state_dict(loaded.optimizer)
+    assert other.steps == 1
+    for name, m in parts["optimizer"].m.items():
+        np.testing.assert_array_equal(other.m[name], m)
+
+
+def test_the_files_are_those_of_hugging_face(parts, tmp_path):
+    from safetensors import safe_open
+
+    save_checkpoint(tmp_path / "c", **parts)
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    with safe_open(tmp_path / "c" / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert "model.layers.0.self_attn.q_proj.weight" in file.keys()
+        assert "lm_head.weight" not in file.keys()  # tied
+    names = {p.name for p in (tmp_path / "c").iterdir()}
+    assert names >= {"tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "state.json"}
+
+
+def test_an_existing_checkpoint_is_never_overwritten(parts, tmp_path):
+    save_checkpoint(tmp_path / "c", **parts)
+    with pytest.raises(FileExistsError):
+        save_checkpoint(tmp_path / "c", **parts | {"state": {"step": 2}})
+    assert load_checkpoint(tmp_path / "c").state["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_failure_on_the_way_leaves_nothing(parts, tmp_path):
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path / "c", **parts | {"state": {"step": object()}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_missing_and_absent_files_are_told(parts, tmp_path):
+    save_checkpoint(tmp_path / "c", **parts)
+    weights = tmp_path / "c" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="not what was written: model.safetensors"):
+        load_checkpoint(tmp_path / "c")
+    assert load_checkpoint(tmp_path / "c", check=False).state["step"] == 1
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors is missing"):
+        load_checkpoint(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="state.json is missing"):
+        load_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "c" / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_a_run_keeps_the_newest_and_the_best(parts, tmp_path):
+    for step in (10, 20, 30, 40):
+        save_step(tmp_path, step, best=step == 20, keep=1, **parts | {"state": {"step": step}})
+    assert [p.name for p in saved_steps(tmp_path)] == ["step-000020", "step-000040"]
+    assert load_checkpoint(tmp_path).state["step"] == 40
+    assert load_checkpoint(tmp_path / "best").state["step"] == 20
+    assert (tmp_path / "checkpoint").is_symlink()

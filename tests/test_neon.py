@@ -1,0 +1,108 @@
+"""The kernels as other processors run them: NEON on arm64 under user-mode emulation, and every vector width compiled
+for this one - 16 lanes for AVX2 test the logic of the AVX-512 build without its hardware.
+
+The programs are statically linked, single-threaded, and compiled here; a missing compiler or emulator is a visible
+skip. The ones for this processor carry AddressSanitizer and UndefinedBehaviorSanitizer, and give outputs memory of
+exactly their size: the one place that sees a kernel write past the end of a result.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import foreign
+import numpy as np
+import pytest
+from conftest import X86
+from kernel_cases import CASES, check, normal
+
+from entrenar.kernels import reference
+
+pytestmark = pytest.mark.tier3
+
+SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-wrapv")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+
+# name: (compiler, flags, what runs the program, the cpu flag it needs)
+BUILDS = {
+    "neon": ("aarch64-linux-gnu-gcc", ("-O2", "-static"), ["qemu-aarch64"], None),
+    "16 lanes on AVX2": ("cc", (*AVX2, "-DENT_W=16", *SANITIZE), [], "avx2"),
+    "8 lanes on AVX2": ("cc", (*AVX2, "-DENT_W=8", *SANITIZE), [], "avx2"),
+    "4 lanes on AVX2": ("cc", (*AVX2, "-DENT_W=4", *SANITIZE), [], "avx2"),
+    "8 lanes on the baseline": ("cc", ("-DENT_W=8", *SANITIZE), [], None),
+    "4 lanes on the baseline": ("cc", ("-DENT_W=4", *SANITIZE), [], None),
+}
+
+
+def can_link(compiler: str, folder, *flags: str) -> bool:
+    source = folder / "empty.c"
+    source.write_text("int main(void) { return 0; }\n")
+    command = [compiler, *flags, "-o", str(folder / "empty"), str(source)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def other(request, native, tmp_path_factory):
+    """A running driver for one build; the native wrappers use it while the module's tests do."""
+    compiler, flags, emulator, feature = BUILDS[request.param]
+    for tool in (compiler, *emulator):
+        if not shutil.which(tool):
+            pytest.skip(f"{request.param}: no {tool}")
+    if not emulator and not X86:
+        pytest.skip(f"{request.param}: for x86-64")
+    if feature and feature not in native.available_isas():
+        pytest.skip(f"{request.param}: this machine has no {feature}")
+    folder = tmp_path_factory.mktemp("driver")
+    if not can_link(compiler, folder, *flags):
+        pytest.skip(f"{request.param}: {compiler} does not link with {' '.join(flags)}")
+
+    process = foreign.Foreign([*emulator, str(foreign.compile_driver(compiler, folder, *flags))])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        foreign.attach(native, process, monkeypatch)
+        yield process
+        assert process.calls, "nothing ran in the driver"
+    process.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.kernel)
+def test_every_kernel_equals_its_reference(case, other, native):
+    rng, before = np.random.default_rng(0), other.calls
+    for size in (*case.sizes, *(tail(n) for tail in case.tails for n in range(1, 40))):
+        args = case.make(rng, **size)
+        check(native, reference, case, args)
+    assert other.calls >= before + len(case.sizes)
+
+
+def test_products_of_every_layout(other, native):
+    rng = np.random.default_rng(1)
+    for M, K, N in ((1, 40, 70), (6, 16, 16), (33, 65, 17), (64, 300, 65), (130, 513, 40)):
+        a, b = normal(rng, M, K), normal(rng, K, N)
+        for left in (a, np.ascontiguousarray(a.T).T):
+            for right in (b, np.ascontiguousarray(b.T).T):
+                check(native, reference, CASES[0], {"a": left, "b": right})
+
+
+def test_extreme_values_go_where_the_formula_takes_them(other, native):
+    rng = np.random.default_rng(2)
+    for case in CASES:
+        args = case.make(rng, **case.sizes[1])
+        name = next(name for name, x in args.items() if isinstance(x, np.ndarray) and x.dtype.kind == "f")
+        for value in (np.inf, -np.inf, np.nan, 1e-40):
+            planted = args | {name: args[name].copy()}
+            planted[name].flat[0] = value
+            check(native, reference, case, planted, extreme=True)
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_a_write_past_the_end_of_a_result_is_found(native, tmp_path, monkeypatch):
+    """The control: a driver told that its output is one element shorter than it is."""
+    if not can_link("cc", tmp_path, *SANITIZE):
+        pytest.skip("cc has no sanitizers")
+    process = foreign.Foreign([str(foreign.compile_driver("cc", tmp_path, *SANITIZE))])
+    foreign.attach(native, process, monkeypatch)
+    x = normal(np.random.default_rng(3), 2, 5)
+    assert native.softmax_forward(x).shape == (2, 5)
+    monkeypatch.setattr(native, "empty", lambda *shape: np.empty(9, np.float32))
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        native.softmax_forward(x)

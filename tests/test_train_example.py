@@ -1,0 +1,183 @@
+"""The main job as a user runs it: `python -m entrenar.examples.train`, small."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entrenar.examples.train import main, parse, visible
+from entrenar.training.checkpoint import load_checkpoint
+from entrenar.training.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+TEXT = "".join(f"{i} times {i} is {i * i}, and that is true.\n" for i in range(400))
+SMALL = """
+[model]
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+[training]
+steps = 8
+batch_size = 2
+context = 16
+eval_every = 4
+eval_tokens = 64
+report_every = 3
+sample_tokens = 12
+[lr_schedule]
+warmup_steps = 2
+[data]
+tokenizer = "bytes"
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a text and a configuration, and a cache of its own; also for runs in this process."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "small.toml").write_text(SMALL)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*words):
+    return [sys.executable, "-m", "entrenar.examples.train", "--config", "small.toml", "--data.source", "text.txt", *words]
+
+
+def run(*words):
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=120)
+
+
+def here(capsys, *words):
+    """The same job in this process: (exit code, output, errors)."""
+    code = main(command(*words)[3:])
+    return (code, *capsys.readouterr())
+
+
+def test_a_small_run_from_text_to_picture(place):
+    done = run("--out", "run")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    steps = [line for line in lines if re.fullmatch(r"step=\d+/8 loss=\d+\.\d+ .*seconds_left=\d+", line)]
+    assert [line.split("/")[0] for line in steps] == ["step=1", "step=3", "step=6", "step=8"]
+    for expected in ("gzip -9", "xz -9", "this model", "a sample it wrote:", "run/curve.png", "next", "--data.source"):
+        assert expected in done.stdout, expected
+    assert done.stderr == "" and "\x1b" not in done.stdout
+
+    out = place / "run"
+    assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    events = [json.loads(line)["event"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert events[0] == "start" and events.count("step") == 8 and events.count("held_out") == 3 and events[-1] == "end"
+    assert load_checkpoint(out).state["step"] == 8
+    assert (out / "best").exists() and (out / "sample.txt").exists()
+
+
+def test_the_second_run_takes_prepared_data_and_the_saved_configuration(place, capsys):
+    code, output, _ = here(capsys, "--out", "one", "--data.tokenizer", "bpe", "--data.vocab_size", "300")
+    assert code == 0
+    (cached,) = (place / "cache" / "entrenar").iterdir()
+    before = (cached / "facts.json").stat().st_mtime_ns
+    assert main(["--config", "one/config.toml", "--out", "two"]) == 0
+    assert (cached / "facts.json").stat().st_mtime_ns == before
+    last = [re.search(r"this model +(\S+)", text)[1] for text in (output, capsys.readouterr().out)]
+    assert last[0] == last[1]
+
+
+def test_with_no_out_a_run_is_named_by_date_and_time(place, capsys):
+    assert here(capsys, "--training.steps", "2")[0] == 0
+    (made,) = (place / "runs").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", made.name)
+
+
+def test_a_folder_that_holds_something_is_left_alone(place, capsys):
+    (place / "run").mkdir()
+    (place / "run" / "thesis.txt").write_text("mine")
+    code, _, errors = here(capsys, "--out", "run")
+    assert code == 2 and "exists and is not an empty folder" in errors
+    assert [p.name for p in (place / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_typo_is_told_by_file_line_key_and_nearest_name(place):
+    (place / "small.toml").write_text(SMALL.replace("batch_size", "batchsize"))
+    done = run("--training.stepz", "3")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "small.toml line 9: [training] batchsize = 2: no such option; did you mean training.batch_size?" in done.stderr
+    assert "--training.stepz 3: no such option; did you mean training.steps?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "'bad.txt' does not exist"),
+        (b"", "bad.txt is empty"),
+        (b"\x7fELF\0\0", "bad.txt is binary"),
+        (b"ol\xe9", "bad.txt is not UTF-8: line 1, byte 2"),
+        (b"short text", "tokens, too short for one window of context 16"),
+    ],
+)
+def test_a_text_that_cannot_be_used_ends_with_2_and_leaves_no_run(place, capsys, content, message):
+    if content is not None:
+        (place / "bad.txt").write_bytes(content)
+    code, _, errors = here(capsys, "--data.source", "bad.txt", "--out", "run")
+    assert code == 2 and message in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_samples_draws_and_ends_with_130(place, number):
+    words = command("--out", "run", "--training.steps", "1000000", "--training.report_every", "1")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step=3/"):
+                break
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == ""
+    assert "stopping after step" in output and "a sample it wrote" in output
+    step = load_checkpoint(place / "run").state["step"]
+    assert 3 <= step < 1000000 and (place / "run" / "curve.png").exists()
+
+
+def test_help_and_plan_start_no_run(place, capsys):
+    assert main(["--help"]) == 0
+    assert "--training.steps" in capsys.readouterr().out
+    code, output, _ = here(capsys, "--plan")
+    assert code == 0 and "parameters" in output and not (place / "runs").exists()
+
+
+def test_the_7b_configuration_is_refused_where_it_cannot_fit(place, capsys, monkeypatch):
+    monkeypatch.setattr("entrenar.training.machine.memory_limit", lambda: 16 * 10**9)
+    words = [w for c in ("hidden_size=4096", "intermediate_size=11008", "num_hidden_layers=32") for w in ("--model." + c,)]
+    code, _, errors = here(capsys, *words)
+    assert code == 2 and re.search(r"needs about \d+(\.\d)? GB to be trained, this machine has 16.0 GB", errors)
+
+
+def test_a_loss_that_is_no_number_ends_with_1(place, capsys):
+    code, _, errors = here(capsys, "--out", "run", "--lr_schedule.learning_rate", "1e30", "--training.clip_norm", "0")
+    assert code == 1 and re.search(r"step \d: the (loss|gradient's norm) is (nan|inf)", errors)
+    assert "learning_rate" in errors
+
+
+@pytest.mark.parametrize("words", [["train"], ["--training.steps"], ["--training.steps", "--help"], ["-x", "1"]])
+def test_a_command_line_that_cannot_be_read_is_told(words):
+    if words[-1] == "--help":
+        words = ["--training.steps", "--data.source", "x"]
+    with pytest.raises(ConfigError, match="wanted --section.key VALUE|a value is missing"):
+        parse(words)
+
+
+def test_equals_signs_and_spaces_mean_the_same():
+    assert parse(["--a.b=c=d", "--e.f", "-1"]).overrides == [("a.b", "c=d"), ("e.f", "-1")]
+
+
+def test_a_sample_cannot_move_the_cursor():
+    assert visible("a\x1b[2Jb\r\n\tcé") == "a\ufffd[2Jb\ufffd\n\tcé"
+    assert os.linesep in visible("a\n")
