@@ -59,6 +59,7 @@ def run(bench: Bench, names: list[str], say: Callable[[str], None] = print) -> t
     for name in names:
         started = time.perf_counter()
         try:
+            machine.look_again(bench)
             for row in GROUPS[name].rows(bench):
                 say(report.line(result.add(row)))
         except KeyboardInterrupt:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+BLOCK = 1_000_003  # a prime: no row of a matrix is another's copy
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
-    """float32 from N(0, scale^2): the same in every process, for NumPy keeps its generators' streams."""
-    return np.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(scale))
+    """float32 from N(0, scale^2): the same in every process, for NumPy keeps its generators' streams.
+
+    Large arrays repeat one block of draws, which are slow to make.
+    """
+    size = math.prod(shape)
+    drawn = np.random.default_rng(seed).standard_normal(min(size, BLOCK), np.float32) * np.float32(scale)
+    return np.resize(drawn, shape)
 
 
 def integers(seed: int, high: int, *shape: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.spread import Spread
 
+NOISE = 0.1  # of the processors' time: more of it taken by others is said in the report
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
@@ -108,6 +109,13 @@ def line(row: Row) -> str:
     return f"{row.group:12} {row.name}: {measured(row)}{wanted}{extra}"
 
 
+def unquiet(facts: dict[str, Any]) -> str:
+    """A warning, where others keep the processors busy while we measure."""
+    if facts["busy"] < NOISE:
+        return ""
+    return f". NOT A QUIET MACHINE: others took up to {facts['busy']:.0%} of the processors"
+
+
 def table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(headers), *map(list, rows)]
     lines.insert(1, ["---"] * len(lines[0]))
@@ -167,7 +175,7 @@ class Report:
         lines = [
             f"Measured {self.date[:10]} on {m['cpu']}, {m['cores']} cores, {m['threads']} threads,",
             f"{m['isa']} ({m['backend']} kernels): FMA peak {peak}, memory bandwidth {bandwidth} (of a copy,",
-            f"both ways counted). Python {m['python']}, {m['peers']}.",
+            f"both ways counted). Python {m['python']}, {m['peers']}{unquiet(m)}.",
             f"{self.rounds} rounds; medians, with the lowest and the highest in brackets.",
             "",
             "What was promised:",

@@ -1,12 +1,12 @@
 """gradcheck: the proof of a gradient, by finite differences. For whoever adds an op, a layer or a model.
 
-    gradcheck(lambda x, w: ops.rms_norm(x, w), x, w)                       # x, w: float64 tensors, requires_grad=True
+    gradcheck(lambda x, w: ops.rms_norm(x, w), x, w)               # float64 tensors with requires_grad=True
     gradcheck(lambda *_: model.loss(ids), *model.parameters(), samples=10)
 
-What fn returns is folded into one number by fixed random weights (the cotangent), backward() gives that number's
-gradient, and the number is computed again with each element of each input moved a little. The error is measured
-against the largest gradient of the input, not as an absolute number: then an all-zero backward cannot pass, however
-small the gradients are.
+What fn returns is folded into one number by fixed random weights (the cotangent), backward() gives that
+number's gradient, and the number is computed again with each element of each input moved a little. The error
+is measured against the largest gradient of the input, not as an absolute number: then a backward of zeros
+cannot pass, however small the gradients are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GradcheckError(AssertionError):
 
 @dataclass(frozen=True)
 class InputReport:
-    """What was found for one input: `error` = max|analytic - numeric| / max|numeric|, and where it was worst."""
+    """What was found for one input: error = max|analytic - numeric| / max|numeric|, and where it is worst."""
 
     input: int
     shape: tuple[int, ...]
@@ -66,17 +66,18 @@ def gradcheck(
 ) -> GradcheckReport:
     """Compare the gradients of fn(*inputs) with finite differences; raise GradcheckError where they differ.
 
-    fn          a tensor of any shape out of the inputs; it may read parameters that are inputs, and ignore arguments
-    inputs      the tensors among them with requires_grad=True are checked; their data is moved in place and restored
+    fn          makes a tensor of any shape from the inputs, as arguments or because it holds them itself
+    inputs      those that are tensors with requires_grad=True are checked: moved in place, and put back
     eps         how far each element is moved, to either side
-    rtol        the greatest error allowed, in max|analytic - numeric| / max|numeric| per input; 1e-6 if all is
-                float64, 1e-2 if some is float32
-    stencil     3: (f(x + e) - f(x - e)) / 2e, error of order e^2; 5: its extrapolation from e and 2e, of order e^4
-    samples     of each input, move at most so many elements (chosen by `seed`), and the whole input along random
-                directions besides, so that no element goes unseen
-    allow_zero  accept an input whose gradient is zero everywhere; otherwise a check that could see nothing fails
+    rtol        the greatest error allowed, max|analytic - numeric| / max|numeric| per input; by default
+                1e-6 if all is float64, 1e-2 if some is float32
+    stencil     3: (f(x + e) - f(x - e)) / 2e, whose error is of order e^2; 5: extrapolated from e and 2e, e^4
+    samples     of each input, move at most so many elements (chosen by `seed`), and the whole input along
+                random directions besides, so that no element goes unseen
+    allow_zero  accept an input whose gradient is zero everywhere; otherwise a check that saw nothing fails
 
-    Raises ValueError for inputs it cannot check; GradcheckError, with input, element, both values, error and tolerance.
+    Raises ValueError for inputs it cannot check, GradcheckError for a gradient that is wrong, with the input,
+    the element, both values, the error and the tolerance.
     """
     checked = [(i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
     _refuse_what_cannot_be_checked(checked, eps, stencil)
@@ -104,28 +105,28 @@ def _refuse_what_cannot_be_checked(checked: list[tuple[int, Tensor]], eps: float
         raise ValueError(f"gradcheck: wants stencil 3 or 5 and eps > 0, got stencil={stencil}, eps={eps}")
     for i, x in checked:
         if x.dtype not in TOLERANCE:
-            raise ValueError(f"gradcheck: input {i} is {x.dtype}, too coarse for differences; use float64 or float32")
+            raise ValueError(f"gradcheck: input {i} is {x.dtype}, too coarse: use float64 or float32")
         if x.op is not None:
-            raise ValueError(f"gradcheck: input {i} is the result of {x.op.name}, not a leaf; pass .detach()ed data")
+            raise ValueError(f"gradcheck: input {i} is the result of {x.op.name}, not a leaf: detach() it")
         if not x.data.flags.writeable:
-            raise ValueError(f"gradcheck: input {i} is read-only, and is to be moved in place; pass a copy of its data")
+            raise ValueError(f"gradcheck: input {i} is read-only, but is moved in place: copy it")
 
 
 class _Probe:
     """f() = sum(fn(*inputs) * cotangent) in float64, and the gradients that backward() claims for it."""
 
-    def __init__(self, fn: Callable[..., Tensor], inputs: tuple[Any, ...], checked: list[Tensor], seed: int) -> None:
+    def __init__(self, fn: Callable[..., Tensor], inputs: Any, checked: list[Tensor], seed: int) -> None:
         self.fn, self.inputs = fn, inputs
         out = fn(*inputs)
         self.dtype = min([out.dtype, *(x.dtype for x in checked)], key=lambda dtype: dtype.itemsize)
 
-        # Weights of size 0.5 to 1.5 and either sign: none so small that it would hide an element of the output.
+        # Of size 0.5 to 1.5 and either sign: none so small that it would hide an element of the output.
         rng = np.random.default_rng(seed)
         weights = rng.uniform(0.5, 1.5, out.shape) * rng.choice([-1.0, 1.0], out.shape)
         self.cotangent = weights.astype(out.dtype).astype(np.float64)
         self.value = self.f()
         if self.value != self.f() and np.isfinite(self.value):
-            raise GradcheckError("gradcheck: fn gives another value when called again; seed what it draws, inside fn")
+            raise GradcheckError("gradcheck: fn gives another value when called again: seed what it draws")
         terms = out.data * self.cotangent
         self.rounding = float(np.finfo(self.dtype).eps * np.sqrt(np.square(terms).sum()))  # of one value of f
         if out.requires_grad:
@@ -136,7 +137,7 @@ class _Probe:
             return float(np.sum(self.fn(*self.inputs).data.astype(np.float64) * self.cotangent))
 
     def difference(self, x: Tensor, at: Any, step: Any, stencil: int) -> tuple[float, np.ndarray]:
-        """(f(x + step) - f(x - step)) / 2 with the step taken at x.data[at], and the step that rounding left of it."""
+        """(f(x + step) - f(x - step)) / 2, the step taken at x.data[at]; and what rounding left of it."""
         if stencil == 5:  # the error of order e^2 is 4 times larger at 2e: this combination cancels it
             near, moved = self.difference(x, at, step, 3)
             far, _ = self.difference(x, at, 2 * step, 3)
@@ -160,7 +161,7 @@ def _check_input(
     rng = np.random.default_rng([seed, i])
     found: list[Found] = []
 
-    chosen = range(x.size)
+    chosen = np.arange(x.size)
     if samples is not None and samples < x.size:
         chosen = np.sort(rng.choice(x.size, samples, replace=False))
     for j in chosen:
@@ -196,11 +197,13 @@ def _judge(report: InputReport, tolerance: float, noise: float, allow_zero: bool
         if allow_zero:
             return
         raise GradcheckError(
-            f"gradcheck: vacuous: the gradient of input {r.input} {r.shape} is zero everywhere (or below what rounding "
-            f"hides, {noise:.1e}): a backward of zeros would pass; choose other inputs, or allow_zero=True if that is meant"
+            f"gradcheck: vacuous: the gradient of input {r.input} {r.shape} is zero everywhere (or below the "
+            f"rounding, {noise:.1e}): a backward of zeros would pass; choose other inputs, or allow_zero=True "
+            "if zero is meant"
         )
     if not r.error <= tolerance:
         raise GradcheckError(
-            f"gradcheck: input {r.input} {r.shape} at {r.worst}: backward() gives {r.analytic:.9g}, differences give "
-            f"{r.numeric:.9g}: error {r.error:.2e} of max|gradient| {r.scale:.3g}, tolerance {tolerance:.0e}"
+            f"gradcheck: input {r.input} {r.shape} at {r.worst}: backward() gives {r.analytic:.9g}, "
+            f"differences give {r.numeric:.9g}: error {r.error:.2e} of max|gradient| {r.scale:.3g}, "
+            f"tolerance {tolerance:.0e}"
         )

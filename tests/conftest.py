@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+import entrenar
 
 # Everyday runs try the same few examples each time; tier3 tries many, and new ones every time.
 hypothesis.settings.register_profile(
@@ -18,6 +21,10 @@ hypothesis.settings.load_profile("everyday")
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("baseline", "avx2", "avx512") if X86 else ("neon",)
+
+
+# A subprocess imports the package these tests import, wherever it runs
+SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(entrenar.__file__).parent.parent)}
 
 
 @pytest.fixture(scope="session")

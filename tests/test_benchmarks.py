@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: statistics, the protocol (with contenders made up here), refusals, tables."""
+"""The benchmarks' machinery: statistics, the protocol (with contenders made up here), refusals, tables."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.arrays import agree, fingerprint, normal  # noqa: E402
 from benchmarks.driver import Bench, Times, WrongResult  # noqa: E402
-from benchmarks.groups import GROUPS, default_run, gemm, ops, startup, step  # noqa: E402
+from benchmarks.groups import GROUPS, default_run, gemm, machine, ops, startup, step  # noqa: E402
 from benchmarks.protocol import Worker, WorkerError, peak_memory  # noqa: E402
 from benchmarks.report import Report, Row, Target  # noqa: E402
 from benchmarks.spread import Spread, geometric_mean, ratios  # noqa: E402
@@ -49,7 +49,7 @@ Server(sys.argv[1], lambda group: Group).serve(sys.stdin, sys.stdout)
 """
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 2, "isa": "avx2", "backend": "native", "fma_peak": 1e11,
-           "bandwidth": 2e10, "python": "3.11", "peers": "numpy 2"}  # fmt: skip
+           "bandwidth": 2e10, "python": "3.11", "peers": "numpy 2", "busy": 0.0}  # fmt: skip
 
 
 @pytest.fixture
@@ -188,7 +188,8 @@ def group_of(*rows):
 
 @pytest.fixture
 def no_machine(monkeypatch):
-    monkeypatch.setattr(command.machine, "facts", lambda bench: MACHINE)
+    monkeypatch.setattr(command.machine, "facts", lambda bench: dict(MACHINE))
+    monkeypatch.setattr(command.machine, "look_again", lambda bench: None)
 
 
 def row(group="gemm", name="a product", median=0.95, **more):
@@ -275,6 +276,19 @@ def test_the_table_says_target_measured_and_whether_it_is_met():
     assert "| a product | >= 0.9x | 0.950x (0.900-1.00) | yes |  |  |" in lines
     assert "| a product | >= 0.9x | 0.500x (0.900-1.00) | **no** |  |  |" in lines
     assert r"| x \| y |  | 0.950x (0.900-1.00) |  |  |  |" in lines
+
+
+def test_a_machine_that_is_not_quiet_is_said_to_be_so():
+    assert "QUIET" not in Report(MACHINE, "2026-11-20T10:00:00", 5).markdown()
+    assert (
+        "others took up to 50% of the" in Report(MACHINE | {"busy": 0.5}, "2026-11-20T10:00:00", 5).markdown()
+    )
+    assert 0 <= machine.busy(0.02) <= 1
+
+
+def test_large_inputs_repeat_no_row():
+    large = normal(3, 1500, 1000)
+    assert len(np.unique(large[:, 0])) == 1500 and large.dtype == np.float32 and abs(large.std() - 1) < 0.01
 
 
 def test_only_the_text_between_the_markers_is_replaced():

@@ -8,10 +8,23 @@ import pytest
 from entrenar import optim, random
 from entrenar.data import ByteTokenizer
 from entrenar.llama import Llama, LlamaConfig
-from entrenar.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_step, saved_steps
+from entrenar.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+    save_step,
+    saved_steps,
+)
 
-SHAPE = LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                    max_position_embeddings=16, tie_word_embeddings=True)  # fmt: skip
+SHAPE = LlamaConfig(
+    vocab_size=257,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+    tie_word_embeddings=True,
+)
 
 
 @pytest.fixture

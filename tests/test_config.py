@@ -50,8 +50,15 @@ def test_the_other_configurations_have_their_shapes(name, shape, parameters):
 
 
 def test_a_configuration_written_reads_back_the_same(tmp_path):
-    config = read_config(None, [("training.sample_prompt", 'a "b" \\ é\n#'), ("lr_schedule.learning_rate", "1e-5"),
-                                ("model.num_key_value_heads", "2"), ("model.vocab_size", "none")])  # fmt: skip
+    config = read_config(
+        None,
+        [
+            ("training.sample_prompt", 'a "b" \\ é\n#'),
+            ("lr_schedule.learning_rate", "1e-5"),
+            ("model.num_key_value_heads", "2"),
+            ("model.vocab_size", "none"),
+        ],
+    )
     assert read_config(written(tmp_path, to_toml(config))) == config
 
 
@@ -93,10 +100,12 @@ schedule = "cosin"
     text = problems(file, ("training.stps", "3"), ("data.vocab_size", "many"), ("training.seed", "-1"))
     for expected in (
         f"{file} line 3: [model] hiden_size = 5: no such option; did you mean model.hidden_size?",
-        f"{file} line 5: [training] learning_rate = 3: no such option; did you mean lr_schedule.learning_rate?",
+        f"{file} line 5: [training] learning_rate = 3: no such option; "
+        "did you mean lr_schedule.learning_rate?",
         f"{file} line 6: [training] steps = true: wanted a whole number at least 1",
         f"{file} line 7: [training] beta1 = 1.0: wanted a number at least 0 and below 1",
-        f'{file} line 9: [lr_schedul] schedule = "cosine": no such option; did you mean lr_schedule.schedule?',
+        f'{file} line 9: [lr_schedul] schedule = "cosine": no such option; '
+        "did you mean lr_schedule.schedule?",
         f'{file} line 11: [lr_schedule] schedule = "cosin": wanted one of cosine, linear, constant, wsd',
         "--training.stps 3: no such option; did you mean training.steps?",
         "--data.vocab_size many: wanted a whole number at least 257",
@@ -115,7 +124,7 @@ schedule = "cosin"
         ("[modle]\n", r"line 1: \[modle\]: no such option; did you mean \[model\]"),
         ("[training.deep]\nsteps = 1", "no such option"),
         ("training = 3", "line 1: training = 3: no such option"),
-        ("[data]\nsource = 3", 'line 2: .data. source = 3: wanted text'),
+        ("[data]\nsource = 3", "line 2: .data. source = 3: wanted text"),
         ("[training]\nclip_norm = nan", "wanted a number at least 0"),
         ("[model]\nhidden_size = 0", r"run.toml line 2: \[model\] hidden_size = 0: hidden_size = 0: wanted"),
         ("[model]\nhidden_size = 190", "not divisible by num_attention_heads"),
@@ -136,7 +145,9 @@ def test_whole_numbers_are_numbers_but_fractions_and_switches_are_no_whole_numbe
     assert read_config(None, [("training.weight_decay", "1")]).training.weight_decay == 1.0
     assert "wanted a whole number" in problems(None, ("training.steps", "1.5"))
     assert "wanted true or false" in problems(None, ("training.activation_checkpointing", "1"))
-    assert read_config(None, [("training.activation_checkpointing", "true")]).training.activation_checkpointing
+    assert read_config(
+        None, [("training.activation_checkpointing", "true")]
+    ).training.activation_checkpointing
 
 
 def test_the_vocabulary_is_the_tokenizers_and_another_is_an_error():

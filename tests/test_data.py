@@ -45,7 +45,7 @@ def folder(tmp_path):
     return tmp_path / "text"
 
 
-# --- corpora ---------------------------------------------------------------------------------------------------
+# --- corpora --------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_cut_at_the_start_of_a_line_and_loses_nothing(tmp_path):
@@ -126,7 +126,9 @@ def test_a_text_that_cannot_be_used_is_named_with_its_fault(tmp_path, content, m
 
 
 def test_a_missing_source_says_what_would_be_one(tmp_path):
-    with pytest.raises(CorpusError, match="does not exist.*wanted a text file, a folder, a glob pattern, '-'"):
+    with pytest.raises(
+        CorpusError, match="does not exist.*wanted a text file, a folder, a glob pattern, '-'"
+    ):
         find_sources(str(tmp_path / "nothing.txt"))
     with pytest.raises(CorpusError, match="holds no files"):
         find_sources(str(tmp_path / "*.txt"))
@@ -140,9 +142,16 @@ def test_a_folder_with_one_bad_file_names_it(folder):
         corpus(folder)
 
 
-# --- tokenizers ------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------------
 
-TEXTS = ["", "plain", "  four\n    spaces\t\tend ", "naïve café 😀 日本語\r\n", f"a {END} in a text", "\x00\x1b\x7f"]
+TEXTS = [
+    "",
+    "plain",
+    "  four\n    spaces\t\tend ",
+    "naïve café 😀 日本語\r\n",
+    f"a {END} in a text",
+    "\x00\x1b\x7f",
+]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +187,11 @@ def test_a_saved_tokenizer_reads_back_the_same(bpe, tmp_path):
     for tokenizer in (bpe, ByteTokenizer()):
         tokenizer.save(tmp_path)
         again = load_tokenizer(tmp_path)
-        assert (again.kind, again.vocab_size, again.end_id) == (tokenizer.kind, tokenizer.vocab_size, tokenizer.end_id)
+        assert (again.kind, again.vocab_size, again.end_id) == (
+            tokenizer.kind,
+            tokenizer.vocab_size,
+            tokenizer.end_id,
+        )
         for text in TEXTS:
             np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
 
@@ -210,7 +223,7 @@ def test_bad_tokenizers_are_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-# --- prepared data ---------------------------------------------------------------------------------------------
+# --- prepared data --------------------------------------------------------------------------------------
 
 
 def test_the_second_preparation_comes_from_the_cache(folder, tmp_path):
@@ -247,7 +260,9 @@ def test_a_damaged_cache_is_prepared_again(folder, tmp_path):
 def test_an_unwritable_cache_is_told_and_does_no_harm(folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     said = []
-    prepared = prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "file" / "below"), say=said.append)
+    prepared = prepare(
+        str(folder), tokenizer="bytes", cache=str(tmp_path / "file" / "below"), say=said.append
+    )
     assert not prepared.cached and "not kept for the next run" in said[-1]
 
 
@@ -256,7 +271,9 @@ def test_facts_count_every_byte_of_text(folder, tmp_path):
     lengths = prepared.tokenizer.byte_lengths()
     assert lengths[prepared.train].sum() == prepared.facts.train_bytes
     assert lengths[prepared.held_out].sum() == prepared.facts.held_out_bytes
-    assert prepared.facts.train_bytes + prepared.facts.held_out_bytes == sum(p.stat().st_size for p in folder.iterdir())
+    assert prepared.facts.train_bytes + prepared.facts.held_out_bytes == sum(
+        p.stat().st_size for p in folder.iterdir()
+    )
     assert 0 < prepared.facts.gzip_bits < 8 and 0 < prepared.facts.xz_bits < 8
 
 
@@ -284,7 +301,7 @@ def test_a_new_folder_never_replaces_one_that_holds_something(tmp_path):
     assert (tmp_path / "a" / "x").read_text() == "first"
 
 
-# --- batches ---------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------------
 
 
 def test_targets_are_the_next_tokens():
@@ -320,11 +337,15 @@ def test_other_seeds_give_other_batches():
 def test_the_shortest_text_is_one_window_and_less_is_an_error():
     ids, _ = Batches(np.arange(9), batch_size=2, context=8).next()
     np.testing.assert_array_equal(ids, [range(8)] * 2)
-    with pytest.raises(CorpusError, match="has 8 tokens, too short for one window of context 8 \\+ 1.*at most 7"):
+    with pytest.raises(
+        CorpusError, match="has 8 tokens, too short for one window of context 8 \\+ 1.*at most 7"
+    ):
         Batches(np.arange(8), batch_size=1, context=8)
 
 
-@pytest.mark.parametrize(("length", "context", "stride"), [(100, 8, 8), (100, 8, 4), (101, 8, 3), (5, 8, 1), (8, 8, 8)])
+@pytest.mark.parametrize(
+    ("length", "context", "stride"), [(100, 8, 8), (100, 8, 4), (101, 8, 3), (5, 8, 1), (8, 8, 8)]
+)
 def test_evaluation_predicts_every_token_once_from_those_before(length, context, stride):
     tokens = np.arange(1, length + 1)  # token t follows token t - 1; 0 begins
     predicted = []

@@ -20,9 +20,21 @@ from entrenar.training.display import (
     sparkline,
 )
 
-REPORT = Report(step=1, steps=100, loss=5.5, bits_per_byte=2.6, learning_rate=1e-3, grad_norm=1.25, tokens=4096,
-                tokens_per_second=12345.6, peak_share=0.314, memory=10**8, memory_peak=2 * 10**8, seconds=61.0,
-                seconds_left=3700.0)  # fmt: skip
+REPORT = Report(
+    step=1,
+    steps=100,
+    loss=5.5,
+    bits_per_byte=2.6,
+    learning_rate=1e-3,
+    grad_norm=1.25,
+    tokens=4096,
+    tokens_per_second=12345.6,
+    peak_share=0.314,
+    memory=10**8,
+    memory_peak=2 * 10**8,
+    seconds=61.0,
+    seconds_left=3700.0,
+)
 SEEN = HeldOut(step=50, loss=3.0, bits_per_byte=1.6, tokens=1000, bytes=3000, seconds=1.0, whole=False)
 HEADING = Heading("a LLaMA [of] sorts", ["line one"], gzip_bits=1.95, xz_bits=1.66)
 
@@ -69,8 +81,21 @@ def test_a_terminal_gets_a_panel_with_everything(monkeypatch):
     assert isinstance(display, LivePanel)
     told(display)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
-    for expected in ("a LLaMA [of] sorts", "step 100/100", "1:01 gone, 1:01:40 left", "5.5000", "3.0000", "1.600",
-                     "1.950 / 1.660", "12,346", "31%", "100 MB, 200 MB", "1.00e-03", "1.250", "take care"):  # fmt: skip
+    for expected in (
+        "a LLaMA [of] sorts",
+        "step 100/100",
+        "1:01 gone, 1:01:40 left",
+        "5.5000",
+        "3.0000",
+        "1.600",
+        "1.950 / 1.660",
+        "12,346",
+        "31%",
+        "100 MB, 200 MB",
+        "1.00e-03",
+        "1.250",
+        "take care",
+    ):
         assert expected in text, expected
 
 
@@ -92,12 +117,17 @@ def test_a_panel_fits_any_width(width):
 
 def test_words_for_numbers():
     assert [clock(s) for s in (0, 75.4, 3700, 10**6)] == ["0:00", "1:15", "1:01:40", "11.6 days"]
-    assert [size(n) for n in (999, 5_200_000, 123_000_000, 2 * 10**9)] == ["1 kB", "5.2 MB", "123 MB", "2.0 GB"]
+    assert [size(n) for n in (999, 5_200_000, 123_000_000, 2 * 10**9)] == [
+        "1 kB",
+        "5.2 MB",
+        "123 MB",
+        "2.0 GB",
+    ]
     assert sparkline([], 10) == "" and sparkline([8, 4, 2, 1], 4)[-1] == "▁"
     assert len(sparkline(range(1000), 50)) == 50
 
 
-# --- the picture -----------------------------------------------------------------------------------------------
+# --- the picture ----------------------------------------------------------------------------------------
 
 POINTS = [(i + 1, 1.6 + 4 / (i + 1)) for i in range(300)]
 
@@ -110,7 +140,9 @@ def pixels(curve):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 300])
 def test_a_picture_is_drawn_of_few_points_and_many(count):
-    image = pixels(Curve("title", "subtitle", POINTS[:count], POINTS[:count:100], [("gzip -9", 1.9), ("xz -9", 1.7)]))
+    image = pixels(
+        Curve("title", "subtitle", POINTS[:count], POINTS[:count:100], [("gzip -9", 1.9), ("xz -9", 1.7)])
+    )
     assert image.size == (1200, 720)
     assert len(image.getcolors(1 << 20)) > 10
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import SAME_PACKAGE
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import CASES, IGNORE, check, expected, naive_attention, normal, per_head, run, split
+from kernel_cases import CASES, IGNORE, TINY, check, expected, naive_attention, normal, per_head, run, split
 
 from entrenar import kernels
 from entrenar.kernels import reference
@@ -49,7 +49,7 @@ def test_log_softmax_is_the_logarithm_of_softmax(seed, N, C, scale):
     x = rows(seed, N, C, scale)
     y, log_y = kernels.softmax_forward(x), kernels.log_softmax_forward(x).astype(np.float64)
     reach = 4 + np.sqrt(C) + np.abs(x).max() * 2
-    np.testing.assert_allclose(np.exp(log_y), y, rtol=4 * EPS * reach, atol=np.finfo(F32).tiny)
+    np.testing.assert_allclose(np.exp(log_y), y, rtol=4 * EPS * reach, atol=TINY)
 
 
 @given(seeds, st.integers(1, 9), st.integers(1, 100))
@@ -271,7 +271,7 @@ def test_gradients_are_linear_in_the_output_gradient(case, seed):
     each = zip(*(gradients_and_bounds(d) for d in (d1, d2, a * d1 + b * d2)), strict=True)
     for (f1, bound1), (f2, bound2), (f, bound) in each:
         gap = np.abs(f.astype(np.float64) - (a * f1.astype(np.float64) + b * f2.astype(np.float64)))
-        assert np.all(gap <= bound + abs(a) * bound1 + abs(b) * bound2 + np.finfo(F32).tiny)
+        assert np.all(gap <= bound + abs(a) * bound1 + abs(b) * bound2 + TINY)
 
 
 # Kernels equal their reference on random shapes and strides

@@ -1,4 +1,4 @@
-"""Every op on every case of the table in cases.py. The gradients themselves, and what an op owes the engine."""
+"""Every op on every case of the table in cases.py: its gradients, and what an op owes the engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def gradients(case: Case, tensors: list[Tensor], dout: np.ndarray | None = None)
 
 
 def assert_near(found, wanted, rtol: float) -> None:
-    """Every element within rtol of the greatest, or of 1: inputs are of that size, and what cancels keeps its error."""
+    """Every element within rtol of the greatest, or of 1: inputs are of that size, and sums may cancel."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max(initial=0) <= rtol * np.abs(wanted).max(initial=1)
@@ -87,7 +87,9 @@ def test_gradient_is_linear_in_the_output_gradient(case):
     together = gradients(case, tensors, 2 * first - 3 * second)
     for (d1, d2), d in zip(apart, together, strict=True):
         # 1e-12 of the terms, not of their sum, which may cancel
-        assert np.abs(d - (2 * d1 - 3 * d2)).max(initial=0) <= 1e-12 * (np.abs(d1) + np.abs(d2)).max(initial=0)
+        assert np.abs(d - (2 * d1 - 3 * d2)).max(initial=0) <= 1e-12 * (np.abs(d1) + np.abs(d2)).max(
+            initial=0
+        )
 
 
 @each(CASES)
@@ -128,7 +130,7 @@ def test_result_and_gradients_keep_the_type(case):
 
 @each(CASES)
 def test_nothing_given_is_changed(case):
-    """Inputs, result and output gradient are read-only, so that writing to one raises in NumPy; C is compared."""
+    """Inputs, result and output gradient are read-only: writing raises in NumPy. For C, they are compared."""
     for dtype in np.float32, np.float64:
         tensors = case.tensors(dtype)
         for x in tensors:
@@ -330,24 +332,32 @@ x23, w5 = Tensor(np.ones((2, 3))), Tensor(np.ones(5))
     [
         (lambda: x23 @ x23, ValueError, r"matmul: inner dimensions differ: a \(2, 3\) @ b \(2, 3\)"),
         (lambda: x23 @ 2, ValueError, r"matmul: a \(2, 3\) @ b \(\): no scalars; use \* to multiply"),
-        (lambda: Tensor(np.ones((2, 3, 4))) @ Tensor(np.ones((3, 4, 2))), ValueError, "batch dimensions do not broadcast"),
-        (lambda: ops.linear(x23, x23.T), ValueError, r"linear: wants x \(..., I\), w \(O, I\).*got x \(2, 3\), w \(3, 2\)"),
+        (lambda: Tensor(np.ones((2, 3, 4))) @ Tensor(np.ones((3, 4, 2))), ValueError,
+         "batch axes do not broadcast"),
+        (lambda: ops.linear(x23, x23.T), ValueError,
+         r"linear: wants x \(..., I\), w \(O, I\).*got x \(2, 3\), w \(3, 2\)"),
         (lambda: ops.embedding([0, 2], x23), IndexError, r"embedding: ids\[1\] is 2, wanted 0 <= index < 2"),
         (lambda: ops.embedding([0.0], x23), TypeError, "embedding: ids must be integers, got float64"),
         (lambda: ops.embedding([0], w5), ValueError, r"embedding: wants w \(V, C\), got \(5,\)"),
-        (lambda: ops.rms_norm(x23, w5), ValueError, r"rms_norm: x \(2, 3\) wants weights of shape \(3,\), got \(5,\)"),
-        (lambda: ops.layer_norm(x23, w5, w5), ValueError, r"layer_norm: x \(2, 3\) wants weights of shape \(3,\)"),
-        (lambda: ops.softmax(Tensor(1.0)), ValueError, "softmax: wants an array of at least 1 axis, got a scalar"),
+        (lambda: ops.rms_norm(x23, w5), ValueError,
+         r"rms_norm: x \(2, 3\) wants weights of shape \(3,\), got \(5,\)"),
+        (lambda: ops.layer_norm(x23, w5, w5), ValueError,
+         r"layer_norm: x \(2, 3\) wants weights of shape \(3,\)"),
+        (lambda: ops.softmax(Tensor(1.0)), ValueError,
+         "softmax: wants an array of at least 1 axis, got a scalar"),
         (lambda: ops.softmax(x23, axis=2), ValueError, r"no axis 2 in a tensor of shape \(2, 3\)"),
         (lambda: ops.swiglu(x23, w5), ValueError, r"swiglu: shapes differ: gate \(2, 3\), up \(5,\)"),
-        (lambda: ops.rope(x23, [1.0], [1.0]), ValueError, r"rope: wants x of shape \(B, T, H, D\) with D even"),
-        (lambda: ops.rope(Tensor(np.ones((1, 2, 1, 4))), w5, w5), ValueError, r"wants cos and sin of shape \(2, 2\)"),
+        (lambda: ops.rope(x23, [1.0], [1.0]), ValueError,
+         r"rope: wants x of shape \(B, T, H, D\) with D even"),
+        (lambda: ops.rope(Tensor(np.ones((1, 2, 1, 4))), w5, w5), ValueError,
+         r"wants cos and sin of shape \(2, 2\)"),
         (
             lambda: ops.rope(Tensor(np.ones((1, 1, 1, 2))), Tensor([[1.0]], requires_grad=True), [[0.0]]),
             ValueError,
             "rope: cos and sin are constants and get no gradient",
         ),
-        (lambda: ops.attention(x23, x23, x23), ValueError, r"attention: wants q \(B, T, H, D\) and k, v \(B, S, KH, D\)"),
+        (lambda: ops.attention(x23, x23, x23), ValueError,
+         r"attention: wants q \(B, T, H, D\) and k, v \(B, S, KH, D\)"),
         (
             lambda: ops.attention(*(Tensor(np.ones((1, 2, h, 4))) for h in (3, 2, 2))),
             ValueError,
@@ -358,15 +368,20 @@ x23, w5 = Tensor(np.ones((2, 3))), Tensor(np.ones(5))
             ValueError,
             r"no fewer keys than queries \(S >= T\)",
         ),
-        (lambda: ops.cross_entropy(x23, [0]), ValueError, r"cross_entropy: wants logits .* got \(2, 3\) and \(1,\)"),
-        (lambda: ops.cross_entropy(x23, [0, 3]), IndexError, r"targets\[1\] is 3, wanted 0 <= index < 3 or -100 to ignore"),
+        (lambda: ops.cross_entropy(x23, [0]), ValueError,
+         r"cross_entropy: wants logits .* got \(2, 3\) and \(1,\)"),
+        (lambda: ops.cross_entropy(x23, [0, 3]), IndexError,
+         r"targets\[1\] is 3, wanted 0 <= index < 3 or -100 to ignore"),
         (lambda: ops.cross_entropy(x23, [0.0, 1.0]), TypeError, "targets must be integers, got float64"),
-        (lambda: ops.cross_entropy(x23, [0, 1], reduction="none"), ValueError, "reduction is 'none': wanted 'mean' or 'sum'"),
-        (lambda: ops.linear_cross_entropy(x23, w5, [0, 1]), ValueError, r"linear_cross_entropy: wants x \(..., C\)"),
+        (lambda: ops.cross_entropy(x23, [0, 1], reduction="none"), ValueError,
+         "reduction is 'none': wanted 'mean' or 'sum'"),
+        (lambda: ops.linear_cross_entropy(x23, w5, [0, 1]), ValueError,
+         r"linear_cross_entropy: wants x \(..., C\)"),
         (lambda: ops.dropout(x23, 1.0), ValueError, "dropout: p is 1.0: wanted a probability 0 <= p < 1"),
         (lambda: ops.concat([]), ValueError, "concat: wants at least one tensor, got none"),
         (lambda: ops.stack([]), ValueError, "stack: wants at least one tensor, got none"),
-        (lambda: ops.split(x23, 2, axis=1), ValueError, "split: axis 1 of length 3 does not divide into 2 equal parts"),
+        (lambda: ops.split(x23, 2, axis=1), ValueError,
+         "split: axis 1 of length 3 does not divide into 2 equal parts"),
     ],
 )  # fmt: skip
 def test_error_names_op_and_what_was_wanted(call, error, message):

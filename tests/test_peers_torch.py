@@ -1,4 +1,4 @@
-"""PyTorch as an independent oracle: every case of the table, forward and backward, in float64 and in float32."""
+"""PyTorch as an independent oracle: every case of the table, forward and backward, in float64 and float32."""
 
 from __future__ import annotations
 

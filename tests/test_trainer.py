@@ -41,7 +41,9 @@ def make(tmp_path):
         run = tmp_path / f"run{len(made)}"
         run.mkdir()
         lines = open(run / "lines.txt", "w")
-        made.append(Trainer(config, data, Llama(config.llama(257, 256)), run, PlainLines(lines, report_every=2), 1e9))
+        made.append(
+            Trainer(config, data, Llama(config.llama(257, 256)), run, PlainLines(lines, report_every=2), 1e9)
+        )
         return made[-1]
 
     yield trainer
@@ -73,7 +75,9 @@ def test_micro_batches_equal_one_big_batch_by_tokens(make):
     assert tokens == tokens_parts == (targets != IGNORE).sum()
     assert loss == pytest.approx(loss_parts, rel=1e-6)
     for name, p in model.named_parameters():
-        np.testing.assert_allclose(p.grad, whole[name], rtol=0, atol=1e-5 * np.abs(whole[name]).max(), err_msg=name)
+        np.testing.assert_allclose(
+            p.grad, whole[name], rtol=0, atol=1e-5 * np.abs(whole[name]).max(), err_msg=name
+        )
 
 
 def test_a_mean_of_means_would_not_pass_for_it(make):
@@ -132,9 +136,21 @@ def test_every_step_and_look_is_in_metrics(make):
     steps = events(t, "step")
     assert [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6]
     assert [e["step"] for e in events(t, "held_out")] == [3, 6]
-    assert {"loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "peak_share", "memory",
-            "memory_peak", "seconds", "seconds_left"} <= steps[0].keys()  # fmt: skip
-    rates = [optim.schedule("cosine", s, total_steps=6, warmup_steps=2, min_ratio=0.05) * 3e-3 for s in range(6)]
+    assert {
+        "loss",
+        "bits_per_byte",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "peak_share",
+        "memory",
+        "memory_peak",
+        "seconds",
+        "seconds_left",
+    } <= steps[0].keys()
+    rates = [
+        optim.schedule("cosine", s, total_steps=6, warmup_steps=2, min_ratio=0.05) * 3e-3 for s in range(6)
+    ]
     assert [e["learning_rate"] for e in steps] == pytest.approx(rates)
     assert steps[-1]["tokens"] == 6 * 2 * 16
 
@@ -153,7 +169,9 @@ def test_bits_per_byte_count_every_held_out_byte_and_end_token(make):
     rest = (len(row) - 1) % 16
     if rest:
         nats += t.model.loss(row[None, -rest - 1 : -1], row[None, -rest:], reduction="sum").item()
-    assert t.look(whole=True).bits_per_byte == pytest.approx(nats / math.log(2) / facts.held_out_bytes, rel=1e-5)
+    assert t.look(whole=True).bits_per_byte == pytest.approx(
+        nats / math.log(2) / facts.held_out_bytes, rel=1e-5
+    )
 
 
 def test_the_sample_of_held_out_text_is_smaller_and_always_the_same(make):

@@ -3,8 +3,8 @@
     inputs  (B, T)   tokens[s : s + T]
     targets (B, T)   tokens[s + 1 : s + T + 1]
 
-Training takes each window of an epoch once, in random order; the next epoch cuts at another offset and shuffles
-anew. Evaluation walks in order and predicts every token exactly once.
+Training takes each window of an epoch once, in random order; the next epoch cuts at another offset and
+shuffles anew. Evaluation walks in order and predicts every token exactly once.
 """
 
 # B batch, T time (the context length)
@@ -31,8 +31,8 @@ class Batches:
     def __init__(self, tokens: np.ndarray, *, batch_size: int, context: int, seed: int = 0) -> None:
         if len(tokens) < context + 1:
             raise CorpusError(
-                f"the training text has {len(tokens)} tokens, too short for one window of context {context} + 1: "
-                f"give more text, or a context of at most {max(0, len(tokens) - 1)}"
+                f"the training text has {len(tokens)} tokens, too short for one window of context "
+                f"{context} + 1: give more text, or a context of at most {max(0, len(tokens) - 1)}"
             )
         self.tokens, self.batch_size, self.context, self.seed = tokens, batch_size, context, seed
         self.epoch = self.position = 0
@@ -72,10 +72,10 @@ def evaluation_windows(tokens: np.ndarray, *, first: int, context: int, stride: 
                        every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Inputs and targets, (T,) each, that predict every token of `tokens` exactly once, in order.
 
-    The row begins with the token `first` (the end token), so that its very first token is predicted too. Windows
-    move on by `stride` <= T, and in each only the tokens that no earlier window predicted count, the others are
-    IGNORE: but at the start, a token is predicted from at least T - stride tokens before it.
-    With `every` = k only each k-th window comes: a fixed sample of the same predictions.
+    The row begins with the token `first` (the end token), so that its very first token is predicted too.
+    Windows move on by `stride` <= T, and in each only the tokens that no earlier window predicted count, the
+    others are IGNORE: but at the start, a token is predicted from at least T - stride tokens before it. With
+    `every` = k only each k-th window comes: a fixed sample of the same predictions.
     """
     if not 1 <= stride <= context:
         raise ValueError(f"evaluation_windows: stride = {stride}: wanted 1 to the context, {context}")

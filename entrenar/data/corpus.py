@@ -111,12 +111,16 @@ def read_corpus(sources: Sources, *, held_out: float = 0.05) -> Corpus:
         except CorpusError:
             if sources.source != STDLIB:
                 raise
-            skipped.append(name)  # Python source may declare another encoding; the user cannot mend the library
+            skipped.append(
+                name
+            )  # Python source may declare another encoding; the user cannot mend the library
             continue
         if text.strip():
             (held if is_held_out(name, held_out) else train).append(text)
     if not train and not held:
-        raise CorpusError(f"data.source: {sources.source!r}: all {len(sources.files)} files are empty or binary")
+        raise CorpusError(
+            f"data.source: {sources.source!r}: all {len(sources.files)} files are empty or binary"
+        )
     if not held and len(train) > 1:  # few files, and the hash chose none: the last in the order of hashes
         held = [train.pop(-1)]
     if not train and len(held) > 1:
@@ -176,7 +180,9 @@ def _stdlib_files() -> tuple[tuple[str, Path], ...]:
         folders[:] = sorted(f for f in folders if f not in STDLIB_LEAVES_OUT)
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
-        raise CorpusError(f"data.source: no .py files in {root}: this Python keeps its library elsewhere; name a text")
+        raise CorpusError(
+            f"data.source: no .py files in {root}: this Python keeps its library elsewhere; name a text"
+        )
     return tuple(sorted((path.relative_to(root).as_posix(), path) for path in files))
 
 

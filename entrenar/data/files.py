@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one: temporary name, fsync, rename, fsync of the folder."""
+"""Writing files so that no reader sees half of one: temporary name, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """`with new_folder(path) as temporary:` fill `temporary`; at the end it becomes `path`, whole, or not at all.
+    """`with new_folder(path) as temporary:` fill `temporary`; at the end it becomes `path`, or nothing does.
 
     Raises FileExistsError where `path` is there already and not empty (and leaves it alone).
     """

@@ -1,8 +1,8 @@
 """A corpus made ready: tokenizer, token ids of both sides, and what gzip and xz make of the held-out bytes.
 
-Preparing takes seconds, so the result is kept in a cache folder ($XDG_CACHE_HOME/entrenar, or ~/.cache/entrenar)
-under a key made of the files (name, size, time of change) and of every setting that matters. Another file, another
-setting, another version: another key.
+Preparing takes seconds, so the result is kept in a cache folder ($XDG_CACHE_HOME/entrenar, or
+~/.cache/entrenar) under a key made of the files (name, size, time of change) and of every setting that
+matters. Another file, another setting, another version: another key.
 """
 
 from __future__ import annotations
@@ -92,11 +92,15 @@ def bits_per_byte(nats: float, size: int) -> float:
     return nats / np.log(2).item() / size
 
 
-def _prepare(sources, tokenizer: str, vocab_size: int, held_out: float, say: Callable[[str], None]) -> Prepared:
+def _prepare(
+    sources, tokenizer: str, vocab_size: int, held_out: float, say: Callable[[str], None]
+) -> Prepared:
     say(f"reading {sources.source}")
     corpus = read_corpus(sources, held_out=held_out)
     raw = "".join(corpus.held_out).encode()
-    with ThreadPoolExecutor(2) as pool:  # both compressors work while the tokenizer does: they release the GIL
+    with ThreadPoolExecutor(
+        2
+    ) as pool:  # both compressors work while the tokenizer does: they release the GIL
         gzipped = pool.submit(lambda: len(gzip.compress(raw, 9, mtime=0)))
         xzipped = pool.submit(lambda: len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)))
         made = _tokenizer(tokenizer, corpus.train, vocab_size, say)

@@ -1,8 +1,9 @@
 """Tokenizers: text to integers and back, without loss, for any text.
 
-Two, with one interface: byte-level BPE, trained on the user's own corpus in seconds, and plain bytes. Both are
-saved in the tokenizer.json of the `tokenizers` library, which transformers loads too (plain bytes are a BPE
-without merges). Both have one special token, `<|endoftext|>`, that ends every document and begins every sample.
+Two, with one interface: byte-level BPE, trained on the user's own corpus in seconds, and plain bytes. Both
+are saved in the tokenizer.json of the `tokenizers` library, which transformers loads too (plain bytes are a
+BPE without merges). Both have one special token, `<|endoftext|>`, that ends every document and begins every
+sample.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 END = "<|endoftext|>"
 FILE = "tokenizer.json"
 LEARN_FROM = 1 << 25  # characters, about: of a larger corpus the BPE is learned from every n-th piece
+SLAB = 1 << 20  # characters encoded in one call of the library
 PIECE = 1 << 16  # characters: long documents are encoded in pieces of about this size, in parallel
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")  # a line break between two unindented lines
 
@@ -44,7 +46,7 @@ class Tokenizer(Protocol):
 
 
 class BPETokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; over bytes as in GPT-2, Radford et al. 2019): nothing is unknown."""
+    """Byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019): nothing is unknown."""
 
     kind = "bpe"
 
@@ -62,14 +64,12 @@ class BPETokenizer:
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """Token ids (n,) of all documents, an end token after each; on all cores."""
-        pieces = [list(pieces_of(document)) for document in documents]
-        flat = [piece for document in pieces for piece in document]
-        encoded = iter(self.inner.encode_batch_fast(flat, add_special_tokens=False))
         end = np.array([self.end_id], self.type)
         parts = []
-        for document in pieces:
-            parts += [np.array(next(encoded).ids, self.type) for _ in document]
-            parts.append(end)
+        for slab in _slabs(documents):
+            encoded = self.inner.encode_batch_fast([text for text, _ in slab], add_special_tokens=False)
+            for one, (_, last) in zip(encoded, slab, strict=True):
+                parts += [np.array(one.ids, self.type), end] if last else [np.array(one.ids, self.type)]
         return np.concatenate(parts) if parts else np.empty(0, self.type)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -167,8 +167,8 @@ def id_type(vocab_size: int) -> np.dtype:
 def pieces_of(document: str) -> Iterator[str]:
     """The document in pieces of about PIECE characters, cut where no token can span the cut.
 
-    The words of byte-level BPE never run over a line break between two unindented lines, so that the tokens of the
-    pieces, joined, are exactly the tokens of the document.
+    The words of byte-level BPE never run over a line break between two unindented lines, so that the tokens
+    of the pieces, joined, are exactly the tokens of the document.
     """
     start = 0
     while len(document) - start > PIECE:
@@ -179,6 +179,25 @@ def pieces_of(document: str) -> Iterator[str]:
         start = found.end()
     if start < len(document):
         yield document[start:]
+
+
+def _slabs(documents: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
+    """All pieces as (text, whether it ends its document), about SLAB characters at a time.
+
+    The library's encodings take some 100 bytes per token: all of a corpus at once would fill the memory.
+    """
+    slab: list[tuple[str, bool]] = []
+    size = 0
+    for document in documents:
+        pieces = list(pieces_of(document)) or [""]
+        for i, piece in enumerate(pieces, 1):
+            slab.append((piece, i == len(pieces)))
+            size += len(piece)
+        if size >= SLAB:
+            yield slab
+            slab, size = [], 0
+    if slab:
+        yield slab
 
 
 def _text(text: str | bytes) -> str:
@@ -194,7 +213,7 @@ def _byte_level(inner: tokenizers.Tokenizer, *, words: bool) -> tokenizers.Token
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in tokenizer.json: itself, or one from U+0100 on (GPT-2)."""
+    """The letter that stands for each byte in tokenizer.json: itself, or one from U+0100 on (as in GPT-2)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -1,7 +1,7 @@
 """The main job: a LLaMA learns real text. `python -m entrenar.examples.train --help` lists every option.
 
-Exit codes: 0 done; 1 training failed; 2 the configuration or the text cannot be used; 130 stopped by Ctrl-C or SIGTERM
-(after finishing the step, saving, and writing sample and curve).
+Exit codes: 0 done; 1 training failed; 2 the configuration or the text cannot be used; 130 stopped by Ctrl-C
+or SIGTERM (after finishing the step, saving, and writing sample and curve).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ COMMAND = "python -m entrenar.examples.train"
 
 USAGE = f"""usage: {COMMAND} [--config FILE.toml] [--section.key VALUE ...]
 
-Trains a LLaMA on real text: with no options, on the source of Python's own standard library, in about three minutes on
-two cores. Writes a folder: checkpoint, curve.png, sample.txt, metrics.jsonl, config.toml.
+Trains a LLaMA on real text: with no options, on the source of Python's own standard library, in about three
+minutes on two cores. Writes a folder: checkpoint, curve.png, sample.txt, metrics.jsonl, config.toml.
 
   --config FILE.toml    read options from a file; examples/llama2/configs has some
   --section.key VALUE   set one option; goes over the file
@@ -108,11 +108,17 @@ def train(config: Config, display: Display) -> int:
     model = Llama(shape, checkpointing=config.training.activation_checkpointing)
     here = machine.look()
     run.mkdir(parents=True, exist_ok=True)
-    again = replace(config, checkpointing=replace(config.checkpointing, out=""))  # another run, another folder
+    again = replace(
+        config, checkpointing=replace(config.checkpointing, out="")
+    )  # another run, another folder
     write_file(run / "config.toml", to_toml(again))
     trainer = Trainer(config, data, model, run, display, peak_flops=here.peak_flops)
-    about = Heading(f"a LLaMA of {shape.parameter_count():,} parameters learns {config.data.source}",
-                    introduction(config, data, shape, here, run), data.facts.gzip_bits, data.facts.xz_bits)  # fmt: skip
+    about = Heading(
+        f"a LLaMA of {shape.parameter_count():,} parameters learns {config.data.source}",
+        introduction(config, data, shape, here, run),
+        data.facts.gzip_bits,
+        data.facts.xz_bits,
+    )
     trainer.log("start", config=config.sections(), data=asdict(data.facts), machine=asdict(here))
     try:
         with interruptible(trainer.stop):
@@ -147,7 +153,9 @@ def run_folder(config: Config) -> Path:
     if config.checkpointing.out:
         run = Path(config.checkpointing.out).expanduser()
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise ConfigError(f"--out {run}: exists and is not an empty folder; name a new one, or move it away")
+            raise ConfigError(
+                f"--out {run}: exists and is not an empty folder; name a new one, or move it away"
+            )
         return run
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     names = [stamp, *(f"{stamp}-{n}" for n in range(2, 1000))]
@@ -155,7 +163,7 @@ def run_folder(config: Config) -> Path:
 
 
 def must_fit(config: Config, shape: LlamaConfig) -> None:
-    """Raises ConfigError for a model whose weights and moments alone cannot fit into this machine's memory."""
+    """Raises ConfigError for a model whose weights and moments alone exceed this machine's memory."""
     t, limit = config.training, machine.memory_limit()
     need = shape.memory_estimate(t.batch_size, t.context)
     if need.weights + need.gradients + need.optimizer > limit:
@@ -181,33 +189,48 @@ def plan(config: Config) -> str:
         ("memory: weights", size(need.weights)),
         ("memory: gradients", size(need.gradients)),
         ("memory: AdamW's moments", size(need.optimizer)),
-        ("memory: activations", f"{size(need.activations)} for {t.batch_size} x {t.context} tokens"
-         + (", less with activation_checkpointing" if t.activation_checkpointing else "")),
-        ("memory together", f"{size(need.total)} of {size(limit)} here" + ("" if need.total < limit else ": too much")),
+        (
+            "memory: activations",
+            f"{size(need.activations)} for {t.batch_size} x {t.context} tokens"
+            + (", less with activation_checkpointing" if t.activation_checkpointing else ""),
+        ),
+        (
+            "memory together",
+            f"{size(need.total)} of {size(limit)} here" + ("" if need.total < limit else ": too much"),
+        ),
         ("arithmetic per token", f"{flops / 1e6:,.1f} MFLOP, forward and backward"),
         ("tokens", f"{tokens:,} in {t.steps:,} steps"),
         ("arithmetic together", f"{flops * tokens / 1e12:,.0f} TFLOP"),
-        ("time at half the peak", f"{clock(flops * tokens / (peak / 2))} with {peak / 1e9:,.0f} GFLOP/s measured here"),
-    ]  # fmt: skip
+        (
+            "time at half the peak",
+            f"{clock(flops * tokens / (peak / 2))} with {peak / 1e9:,.0f} GFLOP/s measured here",
+        ),
+    ]
     return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
 
-def introduction(config: Config, data: Prepared, shape: LlamaConfig, here: machine.Machine, run: Path) -> list[str]:
+def introduction(
+    config: Config, data: Prepared, shape: LlamaConfig, here: machine.Machine, run: Path
+) -> list[str]:
     """What is trained, on what, where: the lines above the first step."""
     t, facts = config.training, data.facts
     batch = f"{t.batch_size} x {t.context} tokens" + (f" x {t.accumulation}" if t.accumulation > 1 else "")
     lines = [
-        f"model    {shape.num_hidden_layers} layers, {shape.hidden_size} wide, {shape.num_attention_heads} heads, "
-        f"feed-forward {shape.intermediate_size}, vocabulary {shape.vocab_size:,} ({data.tokenizer.kind})",
-        f"text     {facts.train_bytes:,} bytes in {facts.train_documents:,} documents = {facts.train_tokens:,} tokens",
+        f"model    {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
+        f"{shape.num_attention_heads} heads, feed-forward {shape.intermediate_size}, "
+        f"vocabulary {shape.vocab_size:,} ({data.tokenizer.kind})",
+        f"text     {facts.train_bytes:,} bytes in {facts.train_documents:,} documents, "
+        f"{facts.train_tokens:,} tokens",
         f"held out {facts.held_out_bytes:,} bytes in {facts.held_out_documents:,} documents; "
         f"gzip -9 {facts.gzip_bits:.3f}, xz -9 {facts.xz_bits:.3f} bits per byte",
         f"steps    {t.steps:,} of {batch}",
-        f"machine  {here.cpu}, {here.threads} threads, {here.kernels}, measured peak {here.peak_flops / 1e9:.0f} GFLOP/s",
+        f"machine  {here.cpu}, {here.threads} threads, {here.kernels}, "
+        f"measured peak {here.peak_flops / 1e9:.0f} GFLOP/s",
         f"folder   {run}",
     ]
     if facts.skipped:
-        lines.insert(3, f"skipped  {len(facts.skipped)} files that are not UTF-8 text, e.g. {facts.skipped[0]}")
+        skipped = f"skipped  {len(facts.skipped)} files that are not UTF-8 text, e.g. {facts.skipped[0]}"
+        lines.insert(3, skipped)
     return lines
 
 
@@ -216,9 +239,10 @@ def curve(trainer: Trainer, here: machine.Machine) -> Curve:
     shape, facts, t = trainer.model.config, trainer.data.facts, trainer.config.training
     seconds = trainer.reports[-1].seconds if trainer.reports else 0.0
     subtitle = (
-        f"{shape.parameter_count() / 1e6:.1f} M parameters, {shape.num_hidden_layers} layers of {shape.hidden_size}, "
-        f"{shape.vocab_size:,} tokens, {t.batch_size * t.accumulation} x {t.context} per step · {clock(seconds)} on "
-        f"{here.threads} threads of {here.cpu}"
+        f"{shape.parameter_count() / 1e6:.1f} M parameters, {shape.num_hidden_layers} layers of "
+        f"{shape.hidden_size}, vocabulary {shape.vocab_size:,}, "
+        f"{t.batch_size * t.accumulation} x {t.context} tokens per step · "
+        f"{clock(seconds)} on {here.threads} threads of {here.cpu}"
     )
     return Curve(
         f"A LLaMA learns {_short(facts.source)}", subtitle,

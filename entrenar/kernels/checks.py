@@ -1,10 +1,11 @@
-"""What every kernel asks of its arguments, in one place: the NumPy kernels and the wrappers of the C kernels call it.
+"""What every kernel asks of its arguments, in one place, for the NumPy kernels and the C wrappers alike.
 
 One function per kernel family; each raises ValueError (shapes), TypeError (indices that are not integers) or
 IndexError (indices out of range) with the kernel's name, what came and what was wanted.
 """
 
-# B batch, T time, S key/value length, C channels, H heads, KH key/value heads, D head dim, V vocabulary, N rows
+# B batch, T time, S key/value length, C channels, H heads, KH key/value heads, D head dim, V vocabulary
+# N rows (tokens)
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def matmul(a: np.ndarray, b: np.ndarray) -> None:
         try:
             np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         except ValueError:
-            raise ValueError(f"matmul: batch dimensions do not broadcast: a {a.shape} @ b {b.shape}") from None
+            raise ValueError(f"matmul: batch axes do not broadcast: a {a.shape} @ b {b.shape}") from None
 
 
 def rows(kernel: str, x: np.ndarray) -> None:
@@ -50,7 +51,9 @@ def norm_backward(kernel: str, dy: np.ndarray, x: np.ndarray, w: np.ndarray, *st
     same_shape(kernel, "dy x", dy, x)
     for statistic in statistics:
         if statistic.shape != x.shape[:-1]:
-            raise ValueError(f"{kernel}: x {x.shape} wants statistics of shape {x.shape[:-1]}, got {statistic.shape}")
+            raise ValueError(
+                f"{kernel}: x {x.shape} wants statistics of shape {x.shape[:-1]}, got {statistic.shape}"
+            )
 
 
 def rope(kernel: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
@@ -59,18 +62,20 @@ def rope(kernel: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
         raise ValueError(f"{kernel}: wants x of shape (B, T, H, D) with D even, got {x.shape}")
     wanted = (x.shape[1], x.shape[3] // 2)
     if cos.shape != wanted or sin.shape != wanted:
-        raise ValueError(f"{kernel}: x {x.shape} wants cos and sin of shape {wanted}, got {cos.shape} and {sin.shape}")
+        raise ValueError(
+            f"{kernel}: x {x.shape} wants cos and sin of shape {wanted}, got {cos.shape} and {sin.shape}"
+        )
 
 
 def attention(kernel: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
     """q (B, T, H, D); k, v (B, S, KH, D); KH divides H; S >= T."""
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:  # B and D agree
         raise ValueError(f"{kernel}: wants q (B, T, H, D) and k, v (B, S, KH, D), got {shapes}")
     if q.shape[2] and (not k.shape[2] or q.shape[2] % k.shape[2]):
         raise ValueError(f"{kernel}: the key/value heads must divide the query heads, got {shapes}")
     if q.shape[1] > k.shape[1]:
-        raise ValueError(f"{kernel}: causal attention wants no fewer keys than queries (S >= T), got {shapes}")
+        raise ValueError(f"{kernel}: causal: wants no fewer keys than queries (S >= T), got {shapes}")
 
 
 def attention_backward(
@@ -84,7 +89,9 @@ def attention_backward(
         raise ValueError(f"{kernel}: q {q.shape} wants lse of shape {wanted}, got {lse.shape}")
 
 
-def indices(kernel: str, name: str, ids: np.ndarray, upper: int, *, ignore_index: int | None = None) -> np.ndarray:
+def indices(
+    kernel: str, name: str, ids: np.ndarray, upper: int, *, ignore_index: int | None = None
+) -> np.ndarray:
     """`ids` as int64, each in [0, upper) or equal to ignore_index; IndexError names the first that is not."""
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu" and ids.size:
@@ -114,7 +121,9 @@ def cross_entropy(kernel: str, logits: np.ndarray, targets: np.ndarray, *, ignor
     return indices(kernel, "targets", targets, logits.shape[1], ignore_index=ignore_index)
 
 
-def linear_cross_entropy(x: np.ndarray, w: np.ndarray, targets: np.ndarray, *, ignore_index: int) -> np.ndarray:
+def linear_cross_entropy(
+    x: np.ndarray, w: np.ndarray, targets: np.ndarray, *, ignore_index: int
+) -> np.ndarray:
     """x (N, C), w (V, C), targets (N,); returns targets as int64."""
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or np.shape(targets) != x.shape[:1]:
         raise ValueError(
@@ -127,7 +136,9 @@ def linear_cross_entropy(x: np.ndarray, w: np.ndarray, targets: np.ndarray, *, i
 def embedding_backward(dy: np.ndarray, ids: np.ndarray, *, rows: int) -> np.ndarray:
     """dy (..., C), ids (...); returns ids as int64."""
     if dy.ndim < 1 or np.shape(ids) != dy.shape[:-1]:
-        raise ValueError(f"embedding_backward: wants dy (..., C) and ids (...), got {dy.shape} and {np.shape(ids)}")
+        raise ValueError(
+            f"embedding_backward: wants dy (..., C) and ids (...), got {dy.shape} and {np.shape(ids)}"
+        )
     return indices("embedding_backward", "ids", ids, rows)
 
 

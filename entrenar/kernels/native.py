@@ -188,7 +188,7 @@ def matmul(a: Array, b: Array) -> Array:
     a_group = b_group = 0
     if count > 1:
         if b.ndim == 2 and a.flags.c_contiguous:                  # x (B, T, C) @ w: one tall matrix
-            a, m, count, a_row, a_col = a.reshape(-1, k), count * m, 1, k, 1
+            a, m, count, a_row, a_col = a.reshape(count * m, k), count * m, 1, k, 1
         else:
             a, a_group = group_stride(a, batch)
             b, b_group = group_stride(b, batch)
@@ -381,7 +381,7 @@ def sum_of_squares(x: Array) -> float:
 
 
 # ---- attention, linear_cross_entropy --------------------------------------------------------------------------------
-LOGITS_AT_ONCE = 1 << 22  # floats: the chunk of logits that linear_cross_entropy keeps, 16 MB
+LOGITS_AT_ONCE = 1 << 23  # floats, 32 MB: the chunk of logits in linear_cross_entropy; half of it costs 5 % more time
 
 
 def head_strides(*arrays: Array):

@@ -1,11 +1,12 @@
-"""Every kernel in plain NumPy: the specification of the C kernels, their test oracle, and the fallback without them.
+"""Every kernel in plain NumPy: the specification of the C kernels, their test oracle, and their fallback.
 
-Written for the reader, not for speed: a kernel is its formula. It takes any float type, answers in it, changes no
-input (the optimizer's step excepted, whose purpose that is) and returns fresh arrays. inf and nan go where the formula
-takes them, silently; empty arrays are fine. Left out: threads, blocking, and every float type's C twin (native.py).
+Written for the reader, not for speed: a kernel is its formula. It takes any float type, answers in it,
+changes no input (except the optimizer's step, whose purpose that is) and returns fresh arrays. inf and nan go
+where the formula takes them, silently; empty arrays are fine. Left out: threads and blocking, which C has.
 """
 
-# B batch, T time, S key/value length, C channels, H heads, KH key/value heads, D head dim, V vocabulary, N rows
+# B batch, T time, S key/value length, C channels, H heads, KH key/value heads, D head dim, V vocabulary
+# N rows (tokens)
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def matmul(a: Array, b: Array) -> Array:
 def softmax_forward(x: Array) -> Array:
     """y_i = exp(x_i) / sum_j exp(x_j), over the last axis          x, y (..., C)
 
-    The greatest x is subtracted first, so that no exp overflows. A row of -inf only (nothing allowed) is all zeros.
+    The greatest x is subtracted first, so that no exp overflows. A row of -inf only is zeros.
     """
     checks.rows("softmax", x)
     with silent():
@@ -107,7 +108,7 @@ def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, Array]:
 
 
 def rms_norm_backward(dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Array, Array]:
-    """dx = rstd * (g - n * mean(g * n)),   dw = sum over rows of dy * n,   with n = x * rstd, g = dy * w
+    """dx = rstd * (g - n * mean(g * n)),   dw = sum over rows of dy * n;   n = x * rstd, g = dy * w
 
     dy, x, dx (..., C)   w, dw (C,)   rstd (...)
     """
@@ -133,7 +134,9 @@ def layer_norm_forward(x: Array, w: Array, b: Array, *, eps: float) -> tuple[Arr
         return centred * rstd * w + b, mean[..., 0], rstd[..., 0]
 
 
-def layer_norm_backward(dy: Array, x: Array, w: Array, mean: Array, rstd: Array) -> tuple[Array, Array, Array]:
+def layer_norm_backward(
+    dy: Array, x: Array, w: Array, mean: Array, rstd: Array
+) -> tuple[Array, Array, Array]:
     """dx = rstd * (g - mean(g) - n * mean(g * n)),   dw = sum of dy * n,   db = sum of dy   (over rows)
 
     with n = (x - mean) * rstd, g = dy * w          dy, x, dx (..., C)   w, dw, db (C,)   mean, rstd (...)
@@ -163,7 +166,8 @@ def _sum_rows(x: Array) -> Array:
 def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
     """y1 = x1 * cos - x2 * sin,   y2 = x2 * cos + x1 * sin,   with x1, x2 the halves of each head
 
-    x, y (B, T, H, D)   cos, sin (T, D/2)          Su et al., "RoFormer", 2021, in Hugging Face's "rotate half" order.
+    x, y (B, T, H, D)   cos, sin (T, D/2)
+    Su et al., "RoFormer", 2021, in Hugging Face's "rotate half" order.
     """
     checks.rope("rope", x, cos, sin)
     return _rotate(x, cos, sin)
@@ -214,8 +218,8 @@ def swiglu_backward(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
 def erf(x: Array) -> Array:
     """erf(x) = 2/sqrt(pi) * integral of exp(-t^2) from 0 to x          any shape
 
-    W. J. Cody's rational approximations (Math. Comp. 23, 1969) for |x| < 0.46875 and up to 4, the latter used on to 6,
-    where erf is 1 in float64. Computed in float64, to within 2 units in its last place. NumPy has no erf.
+    NumPy has none. W. J. Cody's rational approximations (Math. Comp. 23, 1969) for |x| < 0.46875 and for up
+    to 4, the latter used on to 6, where erf is 1. Computed in float64, to within 2 units in its last place.
     """
     with silent():
         a = np.minimum(np.abs(x.astype(np.float64)), 6)
@@ -238,10 +242,10 @@ _ERFC_Q += [3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3,
 
 
 def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
-    """o_t = sum_s p_ts v_s,   p_t = softmax over s <= t + S - T of scale * q_t k_s,   lse_t = log of its denominator
+    """o_t = sum_s p_ts v_s,   p_t = softmax over s <= t + S - T of scale * q_t k_s,   lse = log of its sum
 
-    q, o (B, T, H, D)   k, v (B, S, KH, D)   lse (B, H, T). Query head h reads key/value head h // (H/KH); the last
-    query sees all S keys. This naive form stores the T x S scores; the C kernel does not.
+    q, o (B, T, H, D)   k, v (B, S, KH, D)   lse (B, H, T). Query head h reads key/value head h // (H/KH); the
+    last query sees all S keys. This naive form stores the T x S scores; the C kernel does not.
     Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", 2023; lse kept for backward: Dao et al., 2022.
     """
     checks.attention("attention", q, k, v)
@@ -258,7 +262,8 @@ def attention_backward(
 ) -> tuple[Array, Array, Array]:
     """dv = p^T do,   ds = p * (do v^T - sum(do * o)),   dq = scale * ds k,   dk = scale * ds^T q
 
-    with p = exp(scores - lse)          do, o, dq like q (B, T, H, D)   dk, dv like k (B, S, KH, D)   lse (B, H, T)
+    with p = exp(scores - lse)
+    do, o, dq like q (B, T, H, D)   dk, dv like k (B, S, KH, D)   lse (B, H, T)
     """
     # softmax: ds = p (dp - sum_s dp p), and sum_s dp_ts p_ts = do_t . sum_s p_ts v_s = do_t . o_t
     checks.attention_backward("attention_backward", do, q, k, v, o, lse)
@@ -270,7 +275,8 @@ def attention_backward(
         ds = p * (np.matmul(do, _per_head(v).swapaxes(-1, -2)) - (do * o).sum(axis=-1, keepdims=True))
 
         dq = np.matmul(ds, _per_head(k)) * scale  # (B, KH, G, T, D)
-        dk = np.matmul(ds.swapaxes(-1, -2), q_heads).sum(axis=2) * scale  # (B, KH, S, D): a group shares its key
+        # A group shares its key and value, and its queries' gradients add up: (B, KH, S, D).
+        dk = np.matmul(ds.swapaxes(-1, -2), q_heads).sum(axis=2) * scale
         dv = np.matmul(p.swapaxes(-1, -2), do).sum(axis=2)
         return _join_heads(dq, q.shape), _fresh(dk.swapaxes(1, 2)), _fresh(dv.swapaxes(1, 2))
 
@@ -319,7 +325,9 @@ def cross_entropy_forward(logits: Array, targets: Array, *, ignore_index: int) -
     return losses, lse
 
 
-def cross_entropy_backward(dlosses: Array, logits: Array, targets: Array, lse: Array, *, ignore_index: int) -> Array:
+def cross_entropy_backward(
+    dlosses: Array, logits: Array, targets: Array, lse: Array, *, ignore_index: int
+) -> Array:
     """dlogits[n] = dloss_n * (softmax(logits[n]) - onehot(target_n)), 0 where ignored
 
     logits, dlogits (N, V)   targets, dlosses, lse (N,)
@@ -340,8 +348,8 @@ def linear_cross_entropy(
 ) -> tuple[Array, Array | None, Array | None]:
     """losses = cross_entropy(x w^T, targets), and the gradients dx, dw of scale * sum(losses)
 
-    x, dx (N, C)   w, dw (V, C)   targets, losses (N,); dx, dw None unless needed. Rows are taken in chunks, and a
-    chunk's gradients are made while its logits are there, so the (N, V) logits are never whole.
+    x, dx (N, C)   w, dw (V, C)   targets, losses (N,); dx, dw None unless needed. Rows are taken in chunks,
+    and a chunk's gradients are made while its logits are there, so the (N, V) logits are never whole.
     """
     targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index)
     N, V = x.shape[0], w.shape[0]

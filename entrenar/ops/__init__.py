@@ -1,9 +1,9 @@
-"""Every differentiable operation, in rising difficulty: elementwise, shape, reduce, linear, norm, attention, loss,
-dropout; and checkpoint, which trades time for memory.
+"""Every differentiable operation, in rising difficulty: elementwise, shape, reduce, linear, norm, attention,
+loss, dropout; and checkpoint, which trades time for memory.
 
-`METHODS` below is all there is to `x + y`, `x @ w`, `x[0]` and `x.sum()`. Comparisons (< <= > >=) give plain NumPy
-arrays of bools, for where() and for indexing; == and != compare identity, so that tensors can be keys of a
-dictionary: write x.data == y.data to compare elements.
+`METHODS` below is all there is to `x + y`, `x @ w`, `x[0]` and `x.sum()`. Comparisons (< <= > >=) give plain
+NumPy arrays of bools, for where() and for indexing; == and != compare identity, so that tensors can be keys
+of a dictionary: write x.data == y.data to compare elements.
 """
 
 from __future__ import annotations
@@ -17,8 +17,25 @@ from entrenar.ops.attention import attention, log_softmax, rope, softmax
 from entrenar.ops.checkpoint import checkpoint
 from entrenar.ops.dropout import dropout
 from entrenar.ops.elementwise import (
-    add, div, exp, gelu, log, maximum, minimum, mul, neg, pow, relu, sigmoid, silu, sqrt, sub, swiglu, tanh, where,
-)  # fmt: skip
+    add,
+    div,
+    exp,
+    gelu,
+    log,
+    maximum,
+    minimum,
+    mul,
+    neg,
+    pow,
+    relu,
+    sigmoid,
+    silu,
+    sqrt,
+    sub,
+    swiglu,
+    tanh,
+    where,
+)
 from entrenar.ops.linear import embedding, linear, matmul
 from entrenar.ops.loss import cross_entropy, linear_cross_entropy
 from entrenar.ops.norm import layer_norm, rms_norm

@@ -63,7 +63,8 @@ class Attention(Op):
 
     def forward(self, q, k, v, *, scale):
         o, lse = kernels.attention_forward(q, k, v, scale=scale)
-        self.save(q, k, v, o, lse, scale)  # lse (B, H, T) stands for the T x S scores, which backward makes again
+        # lse (B, H, T) stands for the T x S scores, which backward makes again.
+        self.save(q, k, v, o, lse, scale)
         return o
 
     def backward(self, do):
@@ -93,7 +94,7 @@ def _along(op: type[Op], x: Tensor, axis: int) -> Tensor:
 
 
 def rope(x: Any, cos: Any, sin: Any) -> Tensor:
-    """Rotary position embedding: pair i of head elements at time t turned by the angle whose cosine is cos[t, i].
+    """Rotary position embedding: pair i of a head at time t turned by the angle whose cosine is cos[t, i].
 
     x, y (B, T, H, D)   cos, sin (T, D/2), constants: they get no gradient
     Raises ValueError for shapes that do not fit.
@@ -106,7 +107,7 @@ def _angles(angles: Any, dtype: np.dtype) -> np.ndarray:
     if not isinstance(angles, Tensor):
         return np.asarray(constant(angles, dtype))
     if angles.requires_grad:
-        raise ValueError("rope: cos and sin are constants and get no gradient; pass arrays, or tensors detached")
+        raise ValueError("rope: cos and sin are constants and get no gradient; pass arrays")
     return angles.data.astype(dtype, copy=False)
 
 

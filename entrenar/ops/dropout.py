@@ -29,7 +29,7 @@ class Dropout(Op):
 
 
 def dropout(x: Any, p: float, training: bool = True) -> Tensor:
-    """Each element 0 with probability p, else scaled by 1 / (1 - p); x itself where p is 0 or training is False.
+    """Each element 0 with probability p, else scaled by 1 / (1 - p); x itself if p is 0 or training False.
 
     Raises ValueError for p outside 0 <= p < 1.
     """

@@ -1,7 +1,7 @@
 """Operations on each element alone: arithmetic with broadcasting, functions of one argument, choices, swiglu.
 
-A constant beside a tensor (a number, a list, an array) takes the tensor's float type, so float32 stays float32; two
-tensors promote as in NumPy. Errors about shapes that do not broadcast are NumPy's own.
+A constant beside a tensor (a number, a list, an array) takes the tensor's float type, so float32 stays
+float32; two tensors promote as in NumPy. Errors about shapes that do not broadcast are NumPy's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from entrenar.tensor import Op, Tensor
 
 
 def unbroadcast(dx: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The gradient of broadcasting `shape` to dx.shape: the sum over every axis along which it was repeated."""
+    """The gradient of broadcasting `shape` to dx.shape: the sum over the axes along which it was repeated."""
     if dx.shape == shape:
         return dx
     new = dx.ndim - len(shape)
@@ -27,8 +27,8 @@ def unbroadcast(dx: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def constant(value: Any, dtype: np.dtype) -> Any:
-    """A constant operand, such that it will not change a tensor of `dtype`: a Python number stays raw (it promotes
-    nothing), anything else becomes an array of `dtype`."""
+    """A constant operand that will leave a tensor of `dtype` in its type: a Python number stays raw (it
+    promotes nothing), anything else becomes an array of `dtype`."""
     if isinstance(value, np.generic):  # np.float64(2), from np.sqrt say, would turn float32 into float64
         value = value.item()
     return value if type(value) in (int, float) else np.asarray(value, dtype)
@@ -267,7 +267,7 @@ class Silu(Op):
 
 
 class Gelu(Op):
-    """y = x P(x),   P(x) = (1 + erf(x / sqrt 2)) / 2, the normal distribution (exact, not the tanh approximation)"""
+    """y = x P(x),   P(x) = (1 + erf(x / sqrt 2)) / 2, the normal distribution (exact, not by tanh)"""
 
     def forward(self, x):
         below = 0.5 * (1 + erf(x / math.sqrt(2)))

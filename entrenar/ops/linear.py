@@ -25,7 +25,7 @@ class Matmul(Op):
 
     def forward(self, a, b):
         self.save(a if self.needs[1] else None, b if self.needs[0] else None, a.shape, b.shape)
-        if b.ndim == 2 and a.ndim > 2 and a.shape[-1] == b.shape[0]:  # one tall product instead of many small ones
+        if b.ndim == 2 and a.ndim > 2:  # one tall product instead of many small ones
             return kernels.matmul(rows(a), b).reshape(*a.shape[:-1], b.shape[1])
         return kernels.matmul(a, b)
 
@@ -46,7 +46,8 @@ class Linear(Op):
     """y = x W^T + b          x (..., I)   W (O, I)   b (O,) or None   y (..., O)"""
 
     def forward(self, x, w, b):
-        self.save(x if self.needs[1] else None, w if self.needs[0] else None, x.shape)  # frozen W keeps no input
+        # A frozen W keeps no input.
+        self.save(x if self.needs[1] else None, w if self.needs[0] else None, x.shape)
         y = kernels.matmul(rows(x), w.T).reshape(*x.shape[:-1], w.shape[0])
         return y if b is None else y + b
 
@@ -111,7 +112,7 @@ def linear(x: Any, w: Any, b: Any = None) -> Tensor:
 def embedding(ids: Any, w: Any) -> Tensor:
     """W[ids]          ids (...) integers   W (V, C)   y (..., C)
 
-    Raises TypeError for ids that are not integers, IndexError for one out of range, ValueError for a W of other shape.
+    Raises TypeError for ids that are not integers, IndexError for one out of range, ValueError for another W.
     """
     w = tensor(w)
     if w.ndim != 2:

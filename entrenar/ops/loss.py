@@ -1,4 +1,4 @@
-"""The loss of a language model: cross_entropy, and linear_cross_entropy, which never holds all the logits at once."""
+"""The loss of a language model: cross_entropy, and linear_cross_entropy, which never holds all the logits."""
 
 # N tokens, C channels, V vocabulary
 
@@ -32,14 +32,16 @@ class CrossEntropy(Op):
         # dlogits = weight * dloss * (softmax(logits) - onehot(target))
         logits, targets, lse, ignore_index, weight = self.saved
         dlosses = np.full(lse.shape, dloss * weight, lse.dtype)
-        dlogits = kernels.cross_entropy_backward(dlosses, rows(logits), targets, lse, ignore_index=ignore_index)
+        dlogits = kernels.cross_entropy_backward(
+            dlosses, rows(logits), targets, lse, ignore_index=ignore_index
+        )
         return dlogits.reshape(logits.shape), None
 
 
 class LinearCrossEntropy(Op):
     """loss = cross_entropy(x W^T, targets)          x (..., C)   W (V, C)   targets (...)
 
-    The gradients are made in forward, chunk by chunk, while each chunk's logits are there; they wait for dloss here.
+    The gradients are made in forward, chunk by chunk, while each chunk's logits are there; here they wait.
     """
 
     def forward(self, x, w, targets, *, ignore_index, weight):
@@ -60,12 +62,14 @@ class LinearCrossEntropy(Op):
         return dx, dw, None
 
 
-def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100, reduction: Reduction = "mean") -> Tensor:
+def cross_entropy(
+    logits: Any, targets: Any, ignore_index: int = -100, reduction: Reduction = "mean"
+) -> Tensor:
     """The mean (or the sum) of -log softmax(logits)[target], over the targets that are not ignore_index.
 
-    logits (..., V)   targets (...) integers   loss ()          The mean over no targets is 0, and so is its gradient.
-    Raises ValueError for shapes that do not fit or another reduction, TypeError for targets that are not integers,
-    IndexError for one that is no row of the vocabulary.
+    logits (..., V)   targets (...) integers   loss ()
+    The mean over no targets is 0, and so is its gradient. Raises ValueError for shapes that do not fit or
+    another reduction, TypeError for targets that are not integers, IndexError for one outside the vocabulary.
     """
     logits, targets = tensor(logits), _integers(targets)
     if targets.shape != logits.shape[:-1] or not logits.ndim:

@@ -1,4 +1,4 @@
-"""Normalisation of each row: layer_norm and the simpler rms_norm, which LLaMA uses. Formulas: kernels/reference.py."""
+"""Normalisation of each row: layer_norm, and LLaMA's simpler rms_norm. Formulas: kernels/reference.py."""
 
 # C channels
 
@@ -36,16 +36,16 @@ class RMSNorm(Op):
 
 
 def layer_norm(x: Any, w: Any, b: Any, eps: float = 1e-5) -> Tensor:
-    """Each row to mean 0 and variance 1, then scaled by w and moved by b. Raises ValueError for shapes that do not fit.
+    """Each row to mean 0 and variance 1, then scaled by w and moved by b.
 
-    x, y (..., C)   w, b (C,)
+    x, y (..., C)   w, b (C,)          Raises ValueError for shapes that do not fit.
     """
     return LayerNorm.apply(tensor(x), tensor(w), tensor(b), eps=eps)
 
 
 def rms_norm(x: Any, w: Any, eps: float = 1e-6) -> Tensor:
-    """Each row to mean square 1, then scaled by w. Raises ValueError for shapes that do not fit.
+    """Each row to mean square 1, then scaled by w.
 
-    x, y (..., C)   w (C,)
+    x, y (..., C)   w (C,)          Raises ValueError for shapes that do not fit.
     """
     return RMSNorm.apply(tensor(x), tensor(w), eps=eps)

@@ -70,5 +70,5 @@ def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 
 def max(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """The greatest over all axes, or over `axis`; equals share the gradient. Raises ValueError over nothing."""
+    """The greatest over all axes, or over `axis`; equals share the gradient. ValueError over no elements."""
     return Max.apply(tensor(x), axis=axis, keepdims=keepdims)

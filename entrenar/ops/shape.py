@@ -1,6 +1,7 @@
-"""Operations that move elements and change none: reshape, transpose, indexing, concat, stack, split, broadcast_to.
+"""Operations that move elements and change none: reshape, transpose, index, concat, stack, split, broadcast.
 
-Forward is NumPy's, so a result may be a view of its input's memory. Errors about shapes and indices are NumPy's own.
+Forward is NumPy's, so a result may be a view of its input's memory, and errors about shapes and indices are
+NumPy's own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar.ops.elementwise import constant, tensor, unbroadcast
+from entrenar.ops.elementwise import tensor, unbroadcast
 from entrenar.tensor import Op, Tensor
 
 
@@ -106,7 +107,7 @@ def reshape(x: Any, *shape: Any) -> Tensor:
 
 
 def transpose(x: Any, *axes: Any) -> Tensor:
-    """x with its axes in the given order, reversed by default: transpose(x, 0, 2, 1) or transpose(x, (0, 2, 1))"""
+    """x with its axes reversed, or in the given order: transpose(x, 0, 2, 1) or transpose(x, (0, 2, 1))"""
     x = tensor(x)
     axes = _unpacked(axes)
     if axes in ((), None):
@@ -169,4 +170,4 @@ def _together(op: str, tensors: Sequence[Any]) -> list[Any]:
     first = next((x for x in tensors if isinstance(x, Tensor)), None)
     if first is None:
         return [Tensor(x) for x in tensors]
-    return [x if isinstance(x, Tensor) else np.asarray(constant(x, first.dtype), first.dtype) for x in tensors]
+    return [x if isinstance(x, Tensor) else np.asarray(x, first.dtype) for x in tensors]

@@ -1,1 +1,1 @@
-"""Training runs: configuration, the loop, checkpoints, what is shown on the way, and the picture at the end."""
+"""Training runs: configuration, the loop, checkpoints, what is shown, and the picture at the end."""

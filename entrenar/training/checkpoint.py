@@ -1,13 +1,13 @@
 """Checkpoints: all that a run is, in a folder that other tools read too.
 
-    model.safetensors, config.json, tokenizer.json, tokenizer_config.json   as Hugging Face's loaders expect them
-    optimizer.safetensors                                                   both moments of every weight
-    state.json                                                              step, random state, place in the data,
-                                                                            configuration, hashes of the files
+    model.safetensors  config.json         as Hugging Face's loaders
+    tokenizer.json  tokenizer_config.json  expect them
+    optimizer.safetensors                  both moments of every weight
+    state.json                             step, random state, place in the data, configuration, hashes
 
-A checkpoint is written under another name, synced to the disk and renamed: a folder with the right name is whole.
-In a run's folder they are named step-000400; the links `checkpoint` and `best` lead to the newest and to the one with
-the lowest held-out loss. Leaves out resuming a run from one: everything it needs is here.
+A checkpoint is written under another name, synced to the disk and renamed: a folder with the right name is
+whole. In a run's folder they are named step-000400; the links `checkpoint` and `best` lead to the newest and
+to the one with the lowest held-out loss. Leaves out resuming a run from one: everything it needs is here.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def save_checkpoint(folder: str | Path, *, model: Llama, tokenizer: Tokenizer, s
                     optimizer: AdamW | None = None) -> Path:  # fmt: skip
     """Write a whole checkpoint as `folder`, which must not hold one yet; `state` is anything JSON can say.
 
-    Raises FileExistsError where the folder is there and not empty, OSError where the disk refuses; in both cases
-    nothing is left behind.
+    Raises FileExistsError where the folder is there and not empty, OSError where the disk refuses; in both
+    cases nothing is left behind.
     """
     from safetensors.numpy import save_file
 
@@ -98,7 +98,9 @@ def load_checkpoint(folder: str | Path, *, check: bool = True) -> Checkpoint:
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {folder}: {Path(error.filename or STATE).name} is missing") from None
+        raise CheckpointError(
+            f"checkpoint {folder}: {Path(error.filename or STATE).name} is missing"
+        ) from None
     except Exception as error:  # JSON, safetensors and tokenizers have an exception each
         raise CheckpointError(f"checkpoint {folder}: cannot be read: {error}") from error
 

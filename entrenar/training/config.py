@@ -1,8 +1,8 @@
 """The options of a training run: where each is declared, read, checked and explained.
 
-An option is written in one place: the field of a dataclass below, with its default, its type, its bounds and its
-help. (The fields of [model] are LlamaConfig's own.) TOML files, command-line overrides, `--help` and error messages
-are all made from these fields.
+An option is written in one place: the field of a dataclass below, with its default, its type, its bounds and
+its help. (The fields of [model] are LlamaConfig's own.) TOML files, command-line overrides, `--help` and
+error messages are all made from these fields.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ from entrenar.llama.config import LlamaConfig
 from entrenar.optim import SCHEDULES
 
 
-def option(default: Any, help: str, *, low: float | None = None, above: float | None = None,
-           high: float | None = None, below: float | None = None, choices: Sequence[str] = ()) -> Any:  # fmt: skip
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
     """A dataclass field that is an option: low <= value <= high, above < value < below, one of `choices`."""
     bounds = {"low": low, "above": above, "high": high, "below": below, "choices": tuple(choices)}
     return field(default=default, metadata={"help": help} | bounds)
@@ -80,16 +88,25 @@ class Training:
     weight_decay: float = option(0.1, "AdamW: decoupled decay of the matrices, none on norms", low=0)
     clip_norm: float = option(1.0, "longest gradient, by its norm over all weights; 0: any", low=0)
     seed: int = option(1, "of first weights, order of batches and samples", low=0)
-    activation_checkpointing: bool = option(False, "recompute activations: less memory, about a third more time")
+    activation_checkpointing: bool = option(
+        False, "recompute activations: less memory, about a third more time"
+    )
     report_every: int = option(10, "steps between lines when there is no terminal to draw on", low=1)
-    eval_every: int = option(200, "steps between looks at a fixed part of the held-out text; 0: only at the end", low=0)
+    eval_every: int = option(
+        200, "steps between looks at a fixed part of the held-out text; 0: only at the end", low=0
+    )
     eval_tokens: int = option(16384, "tokens in that part, about; the end of the run reads all of it", low=1)
-    eval_overlap: float = option(0.5, "share of each held-out window that was read before: context for the rest",
-                                 low=0, below=1)  # fmt: skip
+    eval_overlap: float = option(
+        0.5, "share of each held-out window that was read before: context for the rest", low=0, below=1
+    )
     sample_tokens: int = option(200, "longest sample written at the end; 0: none", low=0)
     sample_prompt: str = option("", "what the sample continues; empty: the beginning of a document")
-    sample_temperature: float = option(0.8, "0: always the most probable token; 1: as the model has it", low=0)
-    sample_top_p: float = option(0.95, "only the likeliest tokens that together have this probability", above=0, high=1)
+    sample_temperature: float = option(
+        0.8, "0: always the most probable token; 1: as the model has it", low=0
+    )
+    sample_top_p: float = option(
+        0.95, "only the likeliest tokens that together have this probability", above=0, high=1
+    )
 
 
 @dataclass
@@ -107,12 +124,17 @@ class LearningRate:
 class Data:
     """The text, and how it becomes tokens."""
 
-    source: str = option("stdlib:", "a text file, a folder, a glob pattern, '-' (standard input), or 'stdlib:': the "
-                         "source of Python's own library on this machine")  # fmt: skip
+    source: str = option(
+        "stdlib:",
+        "a text file, a folder, a glob pattern, '-' (standard input), or 'stdlib:': the "
+        "source of Python's own library on this machine",
+    )
     held_out: float = option(0.05, "share of the text never trained on", above=0, below=1)
     tokenizer: str = option("bpe", "'bpe' (trained on this text), 'bytes', or a folder with a tokenizer.json")
     vocab_size: int = option(2048, "tokens of the BPE, with the 256 bytes and the end of a text", low=257)
-    cache: str = option("", "folder for prepared data; empty: $XDG_CACHE_HOME/entrenar or ~/.cache/entrenar; 'off'")
+    cache: str = option(
+        "", "folder for prepared data; empty: $XDG_CACHE_HOME/entrenar or ~/.cache/entrenar; 'off'"
+    )
 
 
 @dataclass
@@ -152,8 +174,8 @@ class Config:
         asked = self.model["vocab_size"]
         if asked not in (None, vocab_size):
             raise ConfigError(
-                f"[model] vocab_size = {asked}, but the tokenizer has {vocab_size} tokens: leave vocab_size out, "
-                f"or set it to {vocab_size}"
+                f"[model] vocab_size = {asked}, but the tokenizer has {vocab_size} tokens: leave vocab_size "
+                f"out, or set it to {vocab_size}"
             )
         values = self.model | {"vocab_size": vocab_size}
         for name in ("bos_token_id", "eos_token_id"):
@@ -176,7 +198,7 @@ class Config:
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message names every problem, where it stands, and what was wanted."""
+    """The configuration cannot be used; the message names every problem, its place, and what was wanted."""
 
 
 @dataclass(frozen=True)
@@ -206,13 +228,21 @@ class Option:
 
     def wanted(self) -> str:
         """What a value must be, in words."""
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a table",
-                 types.NoneType: '"none"'}  # fmt: skip
+        words = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "text",
+            dict: "a table",
+            types.NoneType: '"none"',
+        }
         if choices := self.limits.get("choices"):
             return "one of " + ", ".join(choices)
         phrases = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
         bounds = [f"{p} {self.limits[b]:g}" for b, p in phrases.items() if self.limits.get(b) is not None]
-        return " or ".join(words[kind] for kind in self.kinds) + (" " + " and ".join(bounds) if bounds else "")
+        return " or ".join(words[kind] for kind in self.kinds) + (
+            " " + " and ".join(bounds) if bounds else ""
+        )
 
     def check(self, value: Any) -> Any:
         """The value as this option's type. Raises ValueError where it is not one."""
@@ -226,7 +256,9 @@ class Option:
         if choices := get("choices"):
             fits = value in choices
         elif type(value) in (int, float):
-            fits = (get("low") is None or value >= get("low")) and (get("above") is None or value > get("above"))
+            fits = (get("low") is None or value >= get("low")) and (
+                get("above") is None or value > get("above")
+            )
             fits = fits and (get("high") is None or value <= get("high"))
             fits = fits and (get("below") is None or value < get("below"))
         else:
@@ -263,7 +295,7 @@ def options(section: str | None = None) -> list[Option]:
     return found
 
 
-# --- reading ---------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -322,7 +354,9 @@ def _from_file(path: Path, problems: list[str]) -> list[Setting]:
             settings.append(Setting(_place(path, lines, "", section, values), "", section, values))
             continue
         if section not in SECTIONS and not values:
-            settings.append(Setting(f"{path} line {lines.get((section, ''), '?')}: [{section}]", section, "", None))
+            settings.append(
+                Setting(f"{path} line {lines.get((section, ''), '?')}: [{section}]", section, "", None)
+            )
         for name, value in values.items():
             settings.append(Setting(_place(path, lines, section, name, value), section, name, value))
     return settings
@@ -335,7 +369,7 @@ def _place(path: Path, lines: Mapping[tuple[str, str], int], section: str, name:
 
 
 def _line_numbers(text: str) -> dict[tuple[str, str], int]:
-    """(section, key) -> line, of `[section]` headers and `key =` below them. tomllib itself keeps no places."""
+    """(section, key) -> line, of `[section]` headers and `key =` below them: tomllib keeps no places."""
     found: dict[tuple[str, str], int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -396,14 +430,16 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> list[str]:
     return problems
 
 
-# --- writing ---------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------
 
 
 def to_toml(config: Config) -> str:
     """The whole configuration as a TOML file that reads back as the same."""
     parts = []
     for section, values in config.sections().items():
-        parts.append("\n".join([f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in values.items())]))
+        parts.append(
+            "\n".join([f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in values.items())])
+        )
     return "\n\n".join(parts) + "\n"
 
 

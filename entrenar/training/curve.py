@@ -1,7 +1,7 @@
 """The picture of a run: loss against step, with Pillow alone.
 
-Everything is drawn at three times the size and shrunk, which smooths lines and letters alike. Colours are Okabe and
-Ito's, told apart with any kind of colour vision; every line is also named where it ends.
+Everything is drawn at three times the size and shrunk, which smooths lines and letters alike. Colours are
+Okabe and Ito's, told apart with any kind of colour vision; every line is also named where it ends.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Page:
         if len(scaled) > 1:
             self.draw.line(scaled, fill=colour, width=max(1, round(width * SCALE)), joint="curve")
 
-    def dashes(self, a: Point, b: Point, *, colour: str, width: float, dash: float = 9, gap: float = 6) -> None:
+    def dashes(
+        self, a: Point, b: Point, *, colour: str, width: float, dash: float = 9, gap: float = 6
+    ) -> None:
         """A dashed horizontal line."""
         x = a[0]
         while x < b[0]:
@@ -148,7 +150,7 @@ class Frame:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers - 1, 2 or 5 times a power of ten apart - from at most `low` to at least `high`."""
+    """About `count` round numbers, 1, 2, 2.5 or 5 times a power of ten apart, that cover low..high."""
     span = high - low if high > low else max(abs(high), 1.0)
     raw = span / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -159,7 +161,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def smooth(points: Sequence[Point], share: float = 0.03) -> list[Point]:
-    """Each height replaced by the weighted mean of its neighbours, within about `share` of the curve to each side.
+    """Each height as the weighted mean of its neighbours, within `share` of the curve to each side.
 
     Near the steep beginning the window shrinks on both sides alike, so that the slope adds no bias.
     """
@@ -182,7 +184,7 @@ def thin(points: Sequence[Point], most: int = 2000) -> list[Point]:
 
 
 def _heights(curve: Curve) -> list[float]:
-    """What the vertical axis must show: all held-out points and levels, training without its first steep fall."""
+    """What the vertical axis must show: held-out points, levels, training without its first steep fall."""
     train = sorted(y for _, y in smooth(thin(curve.train)))
     cut = train[: max(1, math.ceil(len(train) * 0.95))]
     lowest = sorted(y for _, y in thin(curve.train))[len(train) // 100 :][:1]
@@ -227,8 +229,10 @@ def _lines(page: Page, frame: Frame, curve: Curve) -> None:
     for place in frame.path(curve.held_out):
         page.dot(place, 4.5, ORANGE)
 
-    labels = [(name, bits, colour) for (name, bits), colour in zip(curve.levels, (PINK, GREEN) * len(curve.levels),
-                                                                   strict=False)]  # fmt: skip
+    labels = [
+        (name, bits, colour)
+        for (name, bits), colour in zip(curve.levels, (PINK, GREEN) * len(curve.levels), strict=False)
+    ]
     if fine:
         labels.append(("training", fine[-1][1], BLUE))
     if curve.held_out:
@@ -253,7 +257,7 @@ def _legend(page: Page, frame: Frame, held_out: bool) -> None:
 
 
 def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places for labels, near those given, at least `gap` from each other and within [low, high] where they fit."""
+    """Places for labels, near those given, at least `gap` apart and within [low, high] where they fit."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     moved = [places[i] for i in order]
     for _ in range(100):

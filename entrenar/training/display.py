@@ -1,7 +1,7 @@
 """What a run shows while it works: a live panel on a terminal, one plain line per report anywhere else.
 
-The plain lines are `key=value` pairs, fit for grep and awk. NO_COLOR and TERM=dumb are respected. Leaves out files: the
-trainer writes metrics.jsonl whatever is shown.
+The plain lines are `key=value` pairs, fit for grep and awk. NO_COLOR and TERM=dumb are respected. Leaves out
+files: the trainer writes metrics.jsonl whatever is shown.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ class PlainLines:
         if r.step == 1 or r.step == r.steps or r.step % self.report_every == 0:
             self._write(
                 f"step={r.step}/{r.steps} loss={r.loss:.4f} bits_per_byte={r.bits_per_byte:.4f} "
-                f"lr={r.learning_rate:.3e} grad_norm={r.grad_norm:.3f} tokens_per_second={r.tokens_per_second:.0f} "
-                f"peak_share={r.peak_share:.3f} memory_mb={r.memory / 1e6:.0f} memory_peak_mb={r.memory_peak / 1e6:.0f} "
+                f"lr={r.learning_rate:.3e} grad_norm={r.grad_norm:.3f} "
+                f"tokens_per_second={r.tokens_per_second:.0f} peak_share={r.peak_share:.3f} "
+                f"memory_mb={r.memory / 1e6:.0f} memory_peak_mb={r.memory_peak / 1e6:.0f} "
                 f"seconds={r.seconds:.1f} seconds_left={r.seconds_left:.0f}"
             )
 
@@ -195,9 +196,11 @@ class LivePanel:
         top.add_column(no_wrap=True)
         top.add_column(ratio=1)
         top.add_column(no_wrap=True, justify="right")
-        top.add_row(Text(f"step {r.step:,}/{r.steps:,}", style="bold"),
-                    ProgressBar(total=r.steps, completed=r.step, complete_style="blue", finished_style="green"),
-                    Text(f"{clock(r.seconds)} gone, {clock(r.seconds_left)} left"))  # fmt: skip
+        top.add_row(
+            Text(f"step {r.step:,}/{r.steps:,}", style="bold"),
+            ProgressBar(total=r.steps, completed=r.step, complete_style="blue", finished_style="green"),
+            Text(f"{clock(r.seconds)} gone, {clock(r.seconds_left)} left"),
+        )
 
         numbers = Table.grid(expand=True, padding=(0, 2))
         for justify in ("left", "right", "left", "right"):
@@ -207,8 +210,13 @@ class LivePanel:
 
         room = max(10, self.console.width - 16)
         curve = Text.assemble(("loss  ", "dim"), (sparkline(self.losses, room), "blue"))
-        return Panel(Group(top, Text(), numbers, Text(), curve), title=f"entrenar: {self.task}", title_align="left",
-                     border_style="blue", padding=(1, 2))  # fmt: skip
+        return Panel(
+            Group(top, Text(), numbers, Text(), curve),
+            title=f"entrenar: {self.task}",
+            title_align="left",
+            border_style="blue",
+            padding=(1, 2),
+        )
 
     def _learning(self, r: Report) -> list[tuple[str, Any]]:
         from rich.text import Text
@@ -218,7 +226,13 @@ class LivePanel:
         bits = self.seen.bits_per_byte if self.seen else None
         beaten = ""
         if bits is not None:
-            beaten = "green bold" if bits < self.heading.xz_bits else "yellow" if bits < self.heading.gzip_bits else ""
+            beaten = (
+                "green bold"
+                if bits < self.heading.xz_bits
+                else "yellow"
+                if bits < self.heading.gzip_bits
+                else ""
+            )
         held = f"{self.seen.loss:.4f}" if self.seen else "not yet"
         return [
             ("loss", Text(f"{r.loss:.4f}", style="bold")),
@@ -253,7 +267,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
 def clock(seconds: float) -> str:
     """75 -> 1:15, 3700 -> 1:01:40, 1e6 -> 11.6 days"""
     if seconds >= 2 * 86400:
-        return f"{seconds / 86400:,.1f} days" if seconds < 1000 * 86400 else f"{seconds / 86400 / 365:,.0f} years"
+        return (
+            f"{seconds / 86400:,.1f} days"
+            if seconds < 1000 * 86400
+            else f"{seconds / 86400 / 365:,.0f} years"
+        )
     minutes, rest = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -14,7 +14,7 @@ from entrenar import kernels
 
 @dataclass(frozen=True)
 class Machine:
-    """`peak_flops`: multiply-adds in registers on every thread, two operations each, per second, measured now."""
+    """`peak_flops`: multiply-adds in registers on every thread, two operations each, per second, measured."""
 
     cpu: str
     threads: int

@@ -1,4 +1,4 @@
-"""The training loop: batch, loss, backward, clip, AdamW, report; now and then a look at held-out text, a checkpoint.
+"""The training loop: batch, loss, backward, clip, AdamW, report; at times held-out text, a checkpoint.
 
 Knows nothing of command lines (examples/train.py) and draws nothing itself (display.py).
 """
@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -37,16 +37,15 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what may help."""
 
 
-def accumulate_gradients(model: Llama, micro_batches: Iterable[Batch]) -> tuple[float, int]:
+def accumulate_gradients(model: Llama, micro_batches: Sequence[Batch]) -> tuple[float, int]:
     """Add to every .grad the gradient of the mean loss over all tokens of all micro-batches.
 
-    Each micro-batch counts by its tokens: together they equal one big batch. Returns the mean loss in nats per token,
-    and the number of tokens that counted.
+    Each micro-batch counts by its tokens: together they equal one big batch. Returns the mean loss in nats
+    per token, and the number of tokens that counted.
     """
-    batches = list(micro_batches)
-    tokens = sum(int((targets != IGNORE).sum()) for _, targets in batches)
+    tokens = sum(int((targets != IGNORE).sum()) for _, targets in micro_batches)
     total = 0.0
-    for ids, targets in batches:
+    for ids, targets in micro_batches:
         loss = model.loss(ids, targets, reduction="sum")
         loss.backward(np.full(loss.shape, 1 / max(1, tokens), loss.dtype))
         total += loss.item()
@@ -66,8 +65,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         t, lr = self.config.training, self.config.lr_schedule
-        self.optimizer = optim.AdamW(self.model.named_parameters(), lr=lr.learning_rate, betas=(t.beta1, t.beta2),
-                                     eps=t.eps, weight_decay=t.weight_decay)  # fmt: skip
+        self.optimizer = optim.AdamW(
+            self.model.named_parameters(),
+            lr=lr.learning_rate,
+            betas=(t.beta1, t.beta2),
+            eps=t.eps,
+            weight_decay=t.weight_decay,
+        )
         self.batches = Batches(self.data.train, batch_size=t.batch_size, context=t.context, seed=t.seed)
         self.step = 0
         self.tokens_seen = 0
@@ -80,11 +84,12 @@ class Trainer:
         self.metrics: TextIO = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
 
     def train(self) -> None:
-        """All steps, or as many as come before `stop`. Raises TrainingError where the loss is no number any more."""
+        """All steps, or as many as come before `stop`. Raises TrainingError where the loss is not finite."""
         c = self.config.training
         while self.step < c.steps and not self.stopping:
             start = time.perf_counter()
-            loss, tokens = accumulate_gradients(self.model, (self.batches.next() for _ in range(c.accumulation)))
+            micro_batches = [self.batches.next() for _ in range(c.accumulation)]
+            loss, tokens = accumulate_gradients(self.model, micro_batches)
             norm = optim.global_norm(self.model.parameters())
             self._must_be_finite(loss, norm)
             lr = self.learning_rate()
@@ -92,7 +97,6 @@ class Trainer:
             self.optimizer.zero_grad()
             self.step += 1
             self._report(loss, norm, lr, tokens, time.perf_counter() - start)
-
             if c.eval_every and self.step % c.eval_every == 0:
                 self.look()
             if self.config.checkpointing.every and self.step % self.config.checkpointing.every == 0:
@@ -101,8 +105,14 @@ class Trainer:
     def learning_rate(self) -> float:
         """Of the step that is being made."""
         s = self.config.lr_schedule
-        share = optim.schedule(s.schedule, self.step, total_steps=self.config.training.steps,
-                               warmup_steps=s.warmup_steps, min_ratio=s.min_ratio, decay_steps=s.decay_steps)  # fmt: skip
+        share = optim.schedule(
+            s.schedule,
+            self.step,
+            total_steps=self.config.training.steps,
+            warmup_steps=s.warmup_steps,
+            min_ratio=s.min_ratio,
+            decay_steps=s.decay_steps,
+        )
         return s.learning_rate * share
 
     def stop(self, why: str) -> None:
@@ -142,8 +152,16 @@ class Trainer:
     def save(self, *, best: bool = False) -> Path:
         """Write a checkpoint of this step."""
         self.display.doing("saving a checkpoint")
-        return save_step(self.run, self.step, best=best, keep=self.config.checkpointing.keep, model=self.model,
-                         tokenizer=self.data.tokenizer, optimizer=self.optimizer, state=self.state())  # fmt: skip
+        return save_step(
+            self.run,
+            self.step,
+            best=best,
+            keep=self.config.checkpointing.keep,
+            model=self.model,
+            tokenizer=self.data.tokenizer,
+            optimizer=self.optimizer,
+            state=self.state(),
+        )
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, beside weights and moments; and what was reached."""
@@ -162,8 +180,15 @@ class Trainer:
         t, tokenizer = self.config.training, self.data.tokenizer
         ids = [tokenizer.end_id, *tokenizer.encode(t.sample_prompt).tolist()]
         ids = ids[: self.model.config.max_position_embeddings - 1]
-        written = generate(self.model, ids, max_new_tokens=t.sample_tokens, temperature=t.sample_temperature,
-                           top_p=t.sample_top_p, rng=np.random.default_rng(t.seed), stop=(tokenizer.end_id,))  # fmt: skip
+        written = generate(
+            self.model,
+            ids,
+            max_new_tokens=t.sample_tokens,
+            temperature=t.sample_temperature,
+            top_p=t.sample_top_p,
+            rng=np.random.default_rng(t.seed),
+            stop=(tokenizer.end_id,),
+        )
         return t.sample_prompt + tokenizer.decode(token for token in written if token != tokenizer.end_id)
 
     def bits(self, loss: float) -> float:
@@ -182,7 +207,9 @@ class Trainer:
     def _report(self, loss: float, norm: float, lr: float, tokens: int, seconds: float) -> None:
         c = self.config.training
         self.tokens_seen += tokens
-        self.busy = seconds if self.step <= 2 else 0.95 * self.busy + 0.05 * seconds  # the first step is a slow one
+        self.busy = (
+            seconds if self.step <= 2 else 0.95 * self.busy + 0.05 * seconds
+        )  # the first step is a slow one
         rate = tokens / self.busy
         report = Report(
             step=self.step,
@@ -212,9 +239,16 @@ class Trainer:
     def _must_be_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (loss {loss:.4f})"
-        kept = f"the last checkpoint is {self.run / 'checkpoint'}" if (self.run / "checkpoint").exists() else (
-            "no checkpoint was written yet (--checkpointing.every)")  # fmt: skip
+        what = (
+            f"the loss is {loss}"
+            if not math.isfinite(loss)
+            else f"the gradient's norm is {norm} (loss {loss:.4f})"
+        )
+        kept = (
+            f"the last checkpoint is {self.run / 'checkpoint'}"
+            if (self.run / "checkpoint").exists()
+            else ("no checkpoint was written yet (--checkpointing.every)")
+        )
         self.log("error", step=self.step + 1, loss=str(loss), grad_norm=str(norm))
         raise TrainingError(
             f"step {self.step + 1}: {what}; the weights were not updated, {kept}. A smaller "
