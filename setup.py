@@ -33,7 +33,8 @@ def sanitizer_flags() -> list[str]:
     if not chosen:
         return []
     # Python's own flags carry -fwrapv, under which signed overflow is no error.
-    return [f"-fsanitize={chosen}", "-fno-wrapv", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+    return [f"-fsanitize={chosen}", "-fno-wrapv", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
+            "-g", "-O1"]
 
 
 class BuildKernels(build_ext):

@@ -177,13 +177,10 @@ class Report:
             f"{m['isa']} ({m['backend']} kernels): FMA peak {peak}, memory bandwidth {bandwidth} (of a copy,",
             f"both ways counted). Python {m['python']}, {m['peers']}{unquiet(m)}.",
             f"{self.rounds} rounds; medians, with the lowest and the highest in brackets.",
-            "",
-            "What was promised:",
-            "",
-            self.table_of([row for row in self.rows if row.target or row.failed]),
         ]
-        if others := [row for row in self.rows if not row.target and not row.failed]:
-            lines += ["", "For information:", "", self.table_of(others)]
+        for title, promised in ("What was promised:", True), ("For information:", False):
+            if rows := [row for row in self.rows if bool(row.target or row.failed) == promised]:
+                lines += ["", title, "", self.table_of(rows)]
         for row in self.rows:
             if shapes := row.details.get("table"):
                 lines += ["", f"{row.name}, in detail:", "", table(shapes[0], shapes[1:])]

@@ -30,27 +30,31 @@ void ent_log_softmax_forward(float *y, const float *x, int64_t N, int64_t C);
 void ent_log_softmax_backward(float *dx, const float *dy, const float *y, int64_t N, int64_t C);
 
 // y[n,c] = x[n,c] * rstd[n] * w[c],  rstd[n] = 1 / sqrt(mean_c x[n,c]^2 + eps);  x, y (N, C), w (C), rstd (N)
-void ent_rms_norm_forward(float *restrict y, float *restrict rstd, const float *restrict x, const float *restrict w,
-                          float eps, int64_t N, int64_t C);
+void ent_rms_norm_forward(float *restrict y, float *restrict rstd, const float *restrict x,
+                          const float *restrict w, float eps, int64_t N, int64_t C);
 // dx[n] = rstd * (g - m * mean_c(g * m)),  dw = sum_n dy * m,  with g = dy * w, m = x * rstd
 // dx, dy, x (N, C), w, dw (C), rstd (N);  scratch ent_norm_blocks(N) * C floats
-void ent_rms_norm_backward(float *restrict dx, float *restrict dw, const float *restrict dy, const float *restrict x,
-                           const float *restrict w, const float *restrict rstd, int64_t N, int64_t C,
-                           float *restrict scratch);
-// y = (x - mean) * rstd * w + bias,  rstd[n] = 1 / sqrt(var_c x[n,c] + eps);  x, y (N, C), w, bias (C), mean, rstd (N)
-void ent_layer_norm_forward(float *restrict y, float *restrict mean, float *restrict rstd, const float *restrict x,
-                            const float *restrict w, const float *restrict bias, float eps, int64_t N, int64_t C);
-// dx[n] = rstd * (g - mean_c(g) - m * mean_c(g * m)),  dw = sum_n dy * m,  db = sum_n dy,  with m = (x - mean) * rstd
-// dx, dy, x (N, C), w, dw, db (C), mean, rstd (N);  scratch 2 * ent_norm_blocks(N) * C floats
-void ent_layer_norm_backward(float *restrict dx, float *restrict dw, float *restrict db, const float *restrict dy,
-                             const float *restrict x, const float *restrict w, const float *restrict mean,
-                             const float *restrict rstd, int64_t N, int64_t C, float *restrict scratch);
+void ent_rms_norm_backward(float *restrict dx, float *restrict dw, const float *restrict dy,
+                           const float *restrict x, const float *restrict w, const float *restrict rstd,
+                           int64_t N, int64_t C, float *restrict scratch);
+// y = (x - mean) * rstd * w + bias,  rstd[n] = 1 / sqrt(var_c x[n,c] + eps)
+// x, y (N, C), w, bias (C), mean, rstd (N)
+void ent_layer_norm_forward(float *restrict y, float *restrict mean, float *restrict rstd,
+                            const float *restrict x, const float *restrict w, const float *restrict bias,
+                            float eps, int64_t N, int64_t C);
+// dx[n] = rstd * (g - mean_c(g) - m * mean_c(g * m)),  dw = sum_n dy * m,  db = sum_n dy
+// with g = dy * w, m = (x - mean) * rstd;  dx, dy, x (N, C), w, dw, db (C), mean, rstd (N)
+// scratch 2 * ent_norm_blocks(N) * C floats
+void ent_layer_norm_backward(float *restrict dx, float *restrict dw, float *restrict db,
+                             const float *restrict dy, const float *restrict x, const float *restrict w,
+                             const float *restrict mean, const float *restrict rstd, int64_t N, int64_t C,
+                             float *restrict scratch);
 // Into how many blocks the backward of a norm of N rows cuts its sums.
 int64_t ent_norm_blocks(int64_t N);
 
-// y1 = x1 cos - x2 sin,  y2 = x2 cos + x1 sin;  x, y (B, T, H, 2K) of which x1, x2 are halves, cos, sin (T, K)
-void ent_rope_forward(float *restrict y, const float *restrict x, const float *restrict cos, const float *restrict sin,
-                      int64_t B, int64_t T, int64_t H, int64_t K);
+// y1 = x1 cos - x2 sin,  y2 = x2 cos + x1 sin;  x1, x2 the halves of x;  x, y (B, T, H, 2K), cos, sin (T, K)
+void ent_rope_forward(float *restrict y, const float *restrict x, const float *restrict cos,
+                      const float *restrict sin, int64_t B, int64_t T, int64_t H, int64_t K);
 // The rotation back;  dy, dx (B, T, H, 2K), cos, sin (T, K)
 void ent_rope_backward(float *restrict dx, const float *restrict dy, const float *restrict cos,
                        const float *restrict sin, int64_t B, int64_t T, int64_t H, int64_t K);
@@ -66,37 +70,38 @@ void ent_swiglu_backward(float *restrict dgate, float *restrict dup, const float
 void ent_cross_entropy_forward(float *restrict losses, float *restrict lse, const float *restrict logits,
                                const int64_t *restrict targets, int64_t ignore_index, int64_t N, int64_t V);
 // dlogits[n] = dlosses[n] * (exp(logits[n] - lse[n]) - onehot(targets[n])), 0 where ignored;  shapes as above
-void ent_cross_entropy_backward(float *restrict dlogits, const float *restrict dlosses, const float *restrict logits,
-                                const int64_t *restrict targets, const float *restrict lse, int64_t ignore_index,
-                                int64_t N, int64_t V);
+void ent_cross_entropy_backward(float *restrict dlogits, const float *restrict dlosses,
+                                const float *restrict logits, const int64_t *restrict targets,
+                                const float *restrict lse, int64_t ignore_index, int64_t N, int64_t V);
 
 // dw[ids[n]] += dy[n], for n in order;  dy (N, C), ids (N) of which each is a row of dw (rows, C)
-void ent_embedding_backward(float *restrict dw, const float *restrict dy, const int64_t *restrict ids, int64_t N,
-                            int64_t C);
+void ent_embedding_backward(float *restrict dw, const float *restrict dy, const int64_t *restrict ids,
+                            int64_t N, int64_t C);
 
 // With g' = grad_scale * g:  m = beta1 * m + one_minus_beta1 * g',  v = beta2 * v + one_minus_beta2 * g'^2,
-// p = p - decay * p - step_size * m / (sqrt(v * v_correction) + eps);  p, m, v, g (n), and g is only read
-void ent_adamw_step(float *restrict p, float *restrict m, float *restrict v, const float *restrict g, float grad_scale,
-                    float beta1, float one_minus_beta1, float beta2, float one_minus_beta2, float v_correction,
-                    float eps, float decay, float step_size, int64_t n);
+// p = p - decay * p - step_size * m / (sqrt(v * v_correction) + eps);  p, m, v (n) in place, g (n) only read
+void ent_adamw_step(float *restrict p, float *restrict m, float *restrict v, const float *restrict g,
+                    float grad_scale, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
+                    float v_correction, float eps, float decay, float step_size, int64_t n);
 
 // sum_i x[i]^2 in double;  x (n);  scratch ceil(n / 4096) doubles
 double ent_sum_of_squares(const float *restrict x, int64_t n, double *restrict scratch);
 
 // ---- attention.c.inc, linear_cross_entropy.c.inc -----------------------------------------------------------------
 
-// o[b,t,h] = sum_s p[s] v[b,s,y],  p = softmax over s <= t + S - T of scale * q[b,t,h] . k[b,s,y],  y = h / (H / KH);
+// o[b,t,h] = sum_s p[s] v[b,s,y],  p = softmax over s <= t + S - T of scale * q[b,t,h] . k[b,s,y],  y = h KH / H;
 // lse[b,h,t] = the logarithm of the softmax's denominator
-// q (B, T, H, D) and k, v (B, S, KH, D) have unit stride along D, and the element strides along their other axes in
-// strides (9): B T H of q, B S KH of k, B S KH of v. o (B, T, H, D) and lse (B, H, T) are contiguous; KH divides H,
-// S >= T. No dimension is 0. `scratch` holds ent_attention_forward_scratch() floats, linear in S.
+// q (B, T, H, D) and k, v (B, S, KH, D) have unit stride along D, and the element strides along their other axes
+// in strides (9): B T H of q, B S KH of k, B S KH of v. o (B, T, H, D) and lse (B, H, T) are contiguous; KH
+// divides H, S >= T. No dimension is 0. `scratch` holds ent_attention_forward_scratch() floats, linear in S.
 void ent_attention_forward(float *restrict o, float *restrict lse, const float *q, const float *k, const float *v,
                            float *restrict scratch, double scale, int64_t B, int64_t T, int64_t S, int64_t H,
                            int64_t KH, int64_t D, const int64_t *strides);
-int64_t ent_attention_forward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H, int64_t D);
+int64_t ent_attention_forward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH,
+                                      int64_t D);
 
-// The gradients of sum(o * dout), from what the forward took and gave: dq (B, T, H, D), dk, dv (B, S, KH, D), dout
-// and o (B, T, H, D), lse (B, H, T) are contiguous; q, k, v and strides as above.
+// The gradients of sum(o * dout), from what the forward took and gave: dq (B, T, H, D), dk, dv (B, S, KH, D),
+// dout and o (B, T, H, D), lse (B, H, T) are contiguous; q, k, v and strides as above.
 void ent_attention_backward(float *restrict dq, float *restrict dk, float *restrict dv, const float *dout,
                             const float *q, const float *k, const float *v, const float *o, const float *lse,
                             float *restrict scratch, double scale, int64_t B, int64_t T, int64_t S, int64_t H,
@@ -109,8 +114,9 @@ int64_t ent_attention_backward_scratch(int64_t threads, int64_t B, int64_t T, in
 // x, dx (.., C), w, dw (V, C), losses, targets (..), rows (N), all contiguous; dx, dw or both may be NULL: not wanted.
 // `chunk` rows go together; `scratch` holds ent_linear_cross_entropy_scratch() floats, 64-byte aligned.
 void ent_linear_cross_entropy(float *restrict losses, float *dx, float *dw, const float *restrict x,
-                              const float *restrict w, const int64_t *restrict targets, const int64_t *restrict rows,
-                              float *restrict scratch, double scale, int64_t N, int64_t C, int64_t V, int64_t chunk);
+                              const float *restrict w, const int64_t *restrict targets,
+                              const int64_t *restrict rows, float *restrict scratch, double scale, int64_t N,
+                              int64_t C, int64_t V, int64_t chunk);
 int64_t ent_linear_cross_entropy_scratch(int64_t threads, int64_t chunk, int64_t C, int64_t V);
 
 // ---- peak.c.inc --------------------------------------------------------------------------------------------------

@@ -17,4 +17,6 @@ from entrenar.tensor import Op, Tensor, no_grad
 
 __version__ = "0.1.0"
 
-__all__ = ["GradcheckError", "Op", "Tensor", "checkpoint", "gradcheck", "kernels", "nn", "no_grad", "ops", "optim", "random"]
+__all__ = [
+    "GradcheckError", "Op", "Tensor", "checkpoint", "gradcheck", "kernels", "nn", "no_grad", "ops", "optim", "random",
+]  # fmt: skip

@@ -87,12 +87,13 @@ def gradcheck(
             x.grad = None
         probe = _Probe(fn, inputs, [x for _, x in checked], seed)
         tolerance = rtol if rtol is not None else TOLERANCE[probe.dtype]
-        reports = [_check_input(probe, i, x, eps, stencil, samples, seed) for i, x in checked]
+        reports = []
+        for i, x in checked:
+            reports.append(_check_input(probe, i, x, eps, stencil, samples, seed))
+            _judge(reports[-1], tolerance, 4 * probe.rounding / eps, allow_zero)
     finally:
         for (_, x), grad in zip(checked, before, strict=True):
             x.grad = grad
-    for report in reports:
-        _judge(report, tolerance, 4 * probe.rounding / eps, allow_zero)
     if not allow_zero and not any(report.checked for report in reports):
         raise GradcheckError("gradcheck: vacuous: every input is empty; allow_zero=True if that is meant")
     return GradcheckReport(tuple(reports), tolerance)
@@ -197,9 +198,9 @@ def _judge(report: InputReport, tolerance: float, noise: float, allow_zero: bool
         if allow_zero:
             return
         raise GradcheckError(
-            f"gradcheck: vacuous: the gradient of input {r.input} {r.shape} is zero everywhere (or below the "
-            f"rounding, {noise:.1e}): a backward of zeros would pass; choose other inputs, or allow_zero=True "
-            "if zero is meant"
+            f"gradcheck: vacuous: the gradient of input {r.input} {r.shape} is zero everywhere (or below "
+            f"rounding, {noise:.1e}): a backward of zeros would pass; choose other inputs, or allow_zero=True"
+            " if zero is meant"
         )
     if not r.error <= tolerance:
         raise GradcheckError(

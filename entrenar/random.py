@@ -26,7 +26,7 @@ def generator() -> np.random.Generator:
 
 def get_state() -> dict[str, Any]:
     """Where the generator stands: plain integers and strings, fit for JSON."""
-    return _generator.bit_generator.state
+    return dict(_generator.bit_generator.state)
 
 
 def set_state(state: dict[str, Any]) -> None:

@@ -188,7 +188,7 @@ class Op:
     """
 
     needs: list[bool]  # which positional inputs want a gradient
-    saved: tuple[Any, ...] | None = ()
+    saved: Any = ()
     born = -1
     edges: list[Op | Tensor | None] | None = None
     shape: tuple[int, ...] = ()

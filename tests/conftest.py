@@ -1,4 +1,6 @@
-"""What every test file may count on: hypothesis profiles, the list of instruction sets, and the C kernels by name."""
+"""What every test file may count on: hypothesis profiles, the list of instruction sets, and the C kernels by
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""The C kernels in a process of their own: for another processor, under its emulator, or for other vector widths.
+"""The C kernels in a process of their own: for another processor, under its emulator, or for other vector
+widths.
 
-A small driver, generated from csrc/kernels.h and compiled together with csrc/kernels.c into one program, waits for
-calls on its standard input: which kernel, then every argument, an array as its bytes. It copies arrays into memory of
-exactly their size (so a sanitizer sees every step outside, in outputs as well), calls, and sends back what may have
-changed. `attach` puts it under entrenar.kernels.native in place of the compiled module: the same wrappers, the same
-tests, other silicon.
+A small driver, generated from csrc/kernels.h and compiled together with csrc/kernels.c into one program,
+waits for calls on its standard input: which kernel, then every argument, an array as its bytes. It copies
+arrays into memory of exactly their size (so a sanitizer sees every step outside, in outputs as well), calls,
+and sends back what may have changed. `attach` puts it under entrenar.kernels.native in place of the compiled
+module: the same wrappers, the same tests, other silicon.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class Foreign:
         (result,) = struct.unpack("d", self.read(8, kernel))
         for low, size in changed:
             ctypes.memmove(low, self.read(size, kernel), size)
-        return {"void": None, "int64_t": int(result), "double": result}[kernel.result]
+        return None if kernel.result == "void" else result if kernel.result == "double" else int(result)
 
     def read(self, size: int, kernel: Kernel) -> bytes:
         data = self.process.stdout.read(size)

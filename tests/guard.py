@@ -1,9 +1,10 @@
-"""Arrays that end, or start, at a page no one may touch: a kernel that reads one element too far dies at once.
+"""Arrays that end, or start, at a page no one may touch: a kernel that reads one element too far dies at
+once.
 
-Run as a program, `python guard.py ISA` calls every kernel of kernel_cases.py on such arrays, naming each case on a
-line of its own before it runs: the last line of a crashed run is the culprit. `python guard.py overrun` and
-`underrun` are the controls: they read one element outside, and must die. AddressSanitizer (`make sanitize`) is the
-wider net, but does not see an overrun inside a larger array.
+Run as a program, `python guard.py ISA` calls every kernel of kernel_cases.py on such arrays, naming each case
+on a line of its own before it runs: the last line of a crashed run is the culprit. `python guard.py overrun`
+and `underrun` are the controls: they read one element outside, and must die. AddressSanitizer (`make
+sanitize`) is the wider net, but does not see an overrun inside a larger array.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PROT_NONE = 0
 
 
 def guarded(x: np.ndarray, side: str) -> np.ndarray:
-    """A copy of `x` whose last element touches a forbidden page (side "end"), or whose first does ("start")."""
+    """A copy of `x` whose last element touches a forbidden page (side "end"), or whose first does."""
     pages = -(-max(x.nbytes, 1) // PAGE)
     memory = mmap.mmap(-1, (pages + 1) * PAGE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,10 +1,10 @@
 """Every kernel once: how to make its inputs, and how far a float32 result may lie from the float64 reference.
 
-A bound is an array of its output's shape: what rounding can do to that element, derived from the magnitude of the
-terms it is made of and the length of its sums (a sum of K terms of magnitude m: 2 eps sqrt(K) sum |m|), never from
-what passes. Used by test_kernels.py, test_kernel_properties.py, test_threads.py and test_neon.py.
+A bound is an array of its output's shape: what rounding can do to that element, derived from the magnitude of
+the terms it is made of and the length of its sums (a sum of K terms of magnitude m: 2 eps sqrt(K) sum |m|),
+never from what passes. Used by test_kernels.py, test_kernel_properties.py, test_threads.py and test_neon.py.
 
-B batch, T queries, S keys, C channels, H heads, KH key/value heads, D head dim, V vocabulary, N rows, M K matmul
+B batch, T queries, S keys, C channels, H heads, KH key/value heads, D head dim, V vocabulary, N rows
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def expected(
 def mismatch(got: np.ndarray, want: np.ndarray, bound: np.ndarray, twin: np.ndarray | None = None) -> str:
     """'' when `got` is `want` within `bound`; else the worst element. inf must be that inf, nan must be nan.
 
-    `twin` (the reference computed in float32) is for extreme inputs: where float64 does not overflow and float32
-    does, being what the twin is, is right too; and of inf - inf and inf * 0 in another order, nan for inf.
+    `twin` (the reference computed in float32) is for extreme inputs: where float64 does not overflow and
+    float32 does, being what the twin is, is right too; and of inf - inf and inf * 0 in another order, nan for
+    inf.
     """
     if got.shape != want.shape:
         return f"shape {got.shape}, wanted {want.shape}"
@@ -238,7 +239,9 @@ def bound_matmul(c, a, b):
 
 
 def below_max(x):
-    """How far x lies below its row's largest: the argument of exp, whose rounding exp turns into relative error."""
+    """How far x lies below its row's largest: the argument of exp, whose rounding exp turns into relative
+    error.
+    """
     finite = np.where(np.isfinite(x), x, 0)
     return finite.max(-1, keepdims=True, initial=-np.inf) - finite if x.size else x
 
@@ -325,7 +328,9 @@ def per_head(k, q):
 
 
 def naive_attention(q, k, scale):
-    """(p (B, H, T, S), lse (B, H, T), scores): softmax of the causally masked scaled scores, all of them stored."""
+    """(p (B, H, T, S), lse (B, H, T), scores): softmax of the causally masked scaled scores, all of them
+    stored.
+    """
     scores = np.einsum("bthd,bshd->bhts", q, per_head(k, q)) * scale
     T, S = scores.shape[-2:]
     hidden = np.arange(S)[None, :] > np.arange(T)[:, None] + (S - T)
@@ -361,7 +366,10 @@ def bound_attention_backward(dq, dk, dv, do, q, k, v, o, lse, scale):
     )  # from the lse that is given, as the kernel must
     error = score_error(q, k, lse, scores, scale) + total(D) + total(S) + total(T)
     dp = np.einsum("bthd,bshd->bhts", np.abs(do), np.abs(per_head(v, q)))
-    ds = p * (dp + np.einsum("bthd,bthd->bht", np.abs(do), np.abs(o))[..., None]) * abs(scale)
+    delta = np.einsum("bthd,bthd->bht", np.abs(do), np.abs(o))[..., None]
+    ds = np.where(
+        p > 0, p * (dp + delta) * abs(scale), 0
+    )  # an inf that a query does not see is not its error
     shared = (B, S, KH, q.shape[2] // max(KH, 1), D)  # the query heads that read one kv head add up
     bound_k = np.einsum("bhts,bthd->bshd", ds, np.abs(q)).reshape(shared).sum(3)
     bound_v = np.einsum("bhts,bthd->bshd", p, np.abs(do)).reshape(shared).sum(3)
@@ -438,7 +446,7 @@ def rows_case(kernel: str, make: Callable[..., dict[str, Any]], bounds: Callable
 
 
 def trained_rows_alone(reference, x, w, targets, ignore_index, **constants):
-    """The fused loss without the rows that are ignored: 0 * inf is nan, a row that is not there is nothing."""
+    """The fused loss without the ignored rows: 0 * inf is nan, a row that is not there is nothing."""
     kept = targets != ignore_index
     losses, dx = np.zeros(len(x), x.dtype), np.zeros_like(x)
     losses[kept], some_dx, dw = reference.linear_cross_entropy(
@@ -476,8 +484,8 @@ def qkv(B: int, T: int, S: int, H: int, KH: int, D: int) -> dict[str, int]:
 
 
 def each_query_alone_forward(reference, q, k, v, scale):
-    """Attention without a mask: every query with just the keys it may see. 0 * inf is nan, so a mask that multiplies
-    by zero lets an inf through; a key that is not there does not.
+    """Attention without a mask: every query with just the keys it may see. 0 * inf is nan, so a mask that
+    multiplies by zero lets an inf through; a key that is not there does not.
     """
     T, S = q.shape[1], k.shape[1]
     seen = [S - T + t + 1 for t in range(T)]

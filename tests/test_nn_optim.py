@@ -102,7 +102,8 @@ def adamw_by_hand(p, grads, lr, b1, b2, eps, wd):
 @pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-12), (np.float32, 2e-6)])
 def test_adamw_is_its_formula_and_spares_vectors_from_decay(dtype, rtol):
     matrix, vector = RNG.normal(size=(3, 37)).astype(dtype), RNG.normal(size=37).astype(dtype)
-    params = {"w": Tensor(matrix.copy(), True), "norm": Tensor(vector.copy(), True), "idle": Tensor(vector.copy(), True)}
+    start = {"w": matrix, "norm": vector, "idle": vector}
+    params = {name: Tensor(array.copy(), True) for name, array in start.items()}
     opt = optim.AdamW(params.items(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     grads = [{"w": RNG.normal(size=(3, 37)).astype(dtype), "norm": RNG.normal(size=37).astype(dtype)} for _ in range(5)]
     for step in grads:
@@ -110,7 +111,8 @@ def test_adamw_is_its_formula_and_spares_vectors_from_decay(dtype, rtol):
             params[name].grad = 2 * g
         opt.step(grad_scale=0.5)
     for name, start, wd in (("w", matrix, 0.1), ("norm", vector, 0.0)):
-        wanted = adamw_by_hand(start.astype(np.float64), [g[name].astype(np.float64) for g in grads], 1e-2, 0.9, 0.95, 1e-8, wd)
+        exact = [g[name].astype(np.float64) for g in grads]
+        wanted = adamw_by_hand(start.astype(np.float64), exact, 1e-2, 0.9, 0.95, 1e-8, wd)
         np.testing.assert_allclose(params[name].data, wanted, rtol=rtol, atol=rtol)
     np.testing.assert_array_equal(params["idle"].data, vector)
 
@@ -170,7 +172,8 @@ def test_schedules_have_their_shapes():
 
     assert rates("constant", warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1, 1]
     np.testing.assert_allclose(rates("linear", min_ratio=0.1), 1 - 0.09 * np.arange(1, 11))
-    np.testing.assert_allclose(rates("cosine"), [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(1, 11)], atol=1e-15)
+    half_a_cosine = [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(1, 11)]
+    np.testing.assert_allclose(rates("cosine"), half_a_cosine, atol=1e-15)
     np.testing.assert_allclose(rates("wsd", decay_steps=4), [1] * 6 + [0.75, 0.5, 0.25, 0], atol=1e-15)
     for name in optim.SCHEDULES:
         if name != "constant":

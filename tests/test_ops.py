@@ -293,7 +293,7 @@ def test_dropout_is_repeatable_from_its_seed():
 def test_linear_cross_entropy_never_holds_all_logits():
     import tracemalloc
 
-    N, C, V = 512, 8, 16_384  # 32 MB of float32 logits
+    N, C, V = 2048, 8, 16_384  # 128 MB of float32 logits
     rng = np.random.default_rng(0)
     x = Tensor(rng.normal(size=(N, C)).astype(np.float32), requires_grad=True)
     w = Tensor(rng.normal(size=(V, C)).astype(np.float32), requires_grad=True)
@@ -304,7 +304,7 @@ def test_linear_cross_entropy_never_holds_all_logits():
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < N * V * 4 * 0.75
+    assert peak < N * V * 4 / 2
 
 
 def test_an_operation_of_ones_own_takes_ten_lines():

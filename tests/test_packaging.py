@@ -1,5 +1,5 @@
-"""Building and installing, as users do: from a checkout, an sdist and a wheel; with gcc, with clang, without OpenMP,
-with no compiler at all. Minutes, so all of it is tier3; what is built is shared between the tests.
+"""Building and installing, as users do: from a checkout, an sdist and a wheel; with gcc, with clang, without
+OpenMP, with no compiler at all. Minutes, so all of it is tier3; what is built is shared between the tests.
 
 Everything is built from a copy of the checkout: its own build folder and kernels stay as they are.
 """
@@ -21,7 +21,8 @@ MEGABYTE = 1e6
 
 pytestmark = pytest.mark.tier3
 
-# Runs in the installed package: says what it is, and compares every kernel, on every instruction set, with its twin.
+# Runs in the installed package: says what it is, and compares every kernel, on every instruction set, with
+# its twin.
 PROBE = """
 import sys
 import numpy as np
@@ -76,7 +77,7 @@ def execute(*command: object, cwd: Path, **variables: str) -> subprocess.Complet
 
 
 def probe(python: Path | str, cwd: Path, **variables: str) -> tuple[Path, str, bool, list[str], str]:
-    """(package folder, backend, OpenMP, instruction sets, stderr) of the installed package, seen from `cwd`."""
+    """(package folder, backend, OpenMP, instruction sets, stderr) of the installed package."""
     done = execute(python, "-c", PROBE, ROOT / "tests", cwd=cwd, **variables)
     file, backend, openmp, *isas = done.stdout.strip().split("|")
     return Path(file).parent, backend, openmp == "True", isas, done.stderr
@@ -133,7 +134,7 @@ def installed(source, folder) -> Path:
 
 
 def new_environment(path: Path, libraries: Path | None = None) -> Path:
-    """An empty virtual environment's Python; `libraries`, if given, lends it another environment's packages."""
+    """An empty virtual environment's Python; `libraries` lends it another environment's packages."""
     execute(sys.executable, "-m", "venv", path, cwd=path.parent)
     if libraries:
         (site_packages(path / "bin/python") / "lent.pth").write_text(f"{site_packages(libraries)}\n")
@@ -146,12 +147,12 @@ def site_packages(python: Path) -> Path:
 
 
 def build_wheel(source: Path, out: Path, **variables: str) -> tuple[Path, str]:
-    """(folder with the package as installed, what the build said) under other compilers. A copy of the source each."""
+    """(folder with the package as installed, what the build said) under other compilers. A copy of the source
+    each.
+    """
     shutil.copytree(source, out / "source")
-    done = execute(
-        sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", "-w", out, out / "source",
-        cwd=out, **variables,
-    )  # fmt: skip
+    wheel_command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v")
+    done = execute(*wheel_command, "-w", out, out / "source", cwd=out, **variables)
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(out / "package")

@@ -62,5 +62,6 @@ def test_loss_and_every_gradient_equal_transformers(changes, dtype, tolerance):
 def test_greedy_tokens_equal_transformers(changes):
     ours, theirs = both(changes, "float32")
     prompt = [5, 17, 42]
-    wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    wanted = theirs.generate(torch.tensor([prompt]), **settings)
     assert list(generate(ours, prompt, max_new_tokens=20, temperature=0)) == wanted[0, 3:].tolist()

@@ -1,9 +1,9 @@
-"""The repository itself: nothing at the top that does not belong there, no traces of one machine, and documentation
-whose every code block does what it says.
+"""The repository itself: nothing at the top that does not belong there, no traces of one machine, and
+documentation whose every code block does what it says.
 
-```python blocks of a file run in order, in one namespace and a folder of their own; a `# prints:` comment is followed
-by the very lines the block prints. In ```console and ```sh blocks, a line starting with `$ ` is a command. Commands
-run if they are quick (QUICK below); any other block says why not right above it: `<!-- not run: why -->`.
+```python blocks of a file run in order, in one namespace and a folder of their own; a `# prints:` comment is
+followed by the very lines the block prints. ```console and ```sh blocks hold commands, which run if they are
+quick (QUICK below); any other block says why not right above it: `<!-- not run: why -->`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 TOP = {
-    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "benchmarks", "csrc", "docs",
-    "entrenar", "examples", "fuzz", "pyproject.toml", "setup.py", "tests",
-}  # fmt: skip
+    ".ci",
+    ".gitignore",
+    "CHANGELOG.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+}
+TOP |= {"benchmarks", "csrc", "docs", "entrenar", "examples", "fuzz", "setup.py", "tests"}
 
 
 def tracked() -> list[str]:
@@ -78,8 +85,8 @@ def test_no_large_or_binary_file_is_tracked():
     assert not large
 
 
-def test_lines_are_at_most_110_columns():
-    """What ruff checks in Python, for C as well; build files and prose may be wider."""
+def test_c_lines_are_at_most_120_columns():
+    """Ruff checks the lines of Python."""
     long = [
         f"{name}:{i}"
         for name in tracked()
@@ -139,7 +146,7 @@ SHELL = [
 
 # A command that runs here: the whole line, which finishes within seconds.
 QUICK = re.compile(
-    r"^(make( help| --help)?|python -m entrenar\.examples\.train --help|python -c .+|python examples/\S+\.py)$"
+    r"^(make|make help|python -m entrenar\.examples\.train --help|python -c .+|python examples/\S+\.py)$"
 )
 
 
@@ -161,31 +168,45 @@ def run_python(blocks: list[Block], folder: Path) -> None:
 
 
 def promised(text: str) -> list[str] | None:
-    """The comment lines after `# prints:`, to the end of the comment; None where there is no such comment."""
-    _, found, rest = text.partition("# prints:\n")
-    if not found:
-        return None
-    lines = []
-    for line in rest.splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").removeprefix(" "))
-    return lines
+    """What `# prints: one line` promises, or the comment lines below a bare `# prints:`; None where nothing does."""
+    lines, found, below = [], False, False
+    for line in text.splitlines():
+        if line.startswith("# prints:"):
+            rest = line.removeprefix("# prints:").strip()
+            found, below = True, not rest
+            lines += [rest] if rest else []
+        elif below and line.startswith("#"):
+            lines.append(line.removeprefix("#").removeprefix(" "))
+        else:
+            below = False
+    return lines if found else None
+
+
+def test_a_wrong_promise_is_found(tmp_path):
+    good = "```python\nprint(1)\n# prints: 1\nprint('a')\nprint('b')\n# prints:\n# a\n# b\n```\n"
+    run_python(blocks_of("good.md", good), tmp_path)
+    with pytest.raises(AssertionError, match="bad.md:1 prints"):
+        run_python(blocks_of("bad.md", "```python\nprint(1)\n# prints: 2\n```\n"), tmp_path)
+
+
+def commands(text: str) -> list[str]:
+    """The lines that start with `$ `; where none does, all lines. Comments stand after two spaces and a #."""
+    lines = [line.split("  #")[0].strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    return [line[2:] for line in lines if line.startswith("$ ")] or lines
 
 
 @pytest.mark.parametrize("name", PYTHON_FILES)
 def test_every_python_block_runs_and_prints_what_it_says(name, tmp_path):
+    """In an empty folder but for examples/, as if the reader stood in the checkout."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     run_python([b for b in BLOCKS[name] if b.language == "python" and not b.not_run], tmp_path)
 
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.place)
 def test_every_command_runs_or_says_why_not(block):
-    commands = [line[2:] for line in block.text.splitlines() if line.startswith("$ ")]
-    assert commands, f"{block.place}: no line starts with '$ '"
     if block.not_run:
         pytest.skip(f"not run: {block.not_run}")
-    for command in commands:
-        command = command.split("  #")[0].strip()
+    for command in commands(block.text):
         assert QUICK.match(command), (
             f"{block.place}: {command!r} is not among what runs here; write <!-- not run: why -->"
         )
@@ -236,6 +257,8 @@ print("two words")
 
 
 def test_blocks_are_found_with_their_lines_and_reasons():
+    assert commands("$ make x  # why\nits output\n$ make y\n") == ["make x", "make y"]
+    assert commands("# only\nmake x\n") == ["make x"]
     first, second, third = blocks_of("a.md", EXAMPLE)
     assert (first.language, first.text, first.line, first.not_run) == ("python", "x = 3\n", 4, None)
     assert (second.language, second.not_run) == ("console", "it takes an hour")

@@ -1,5 +1,5 @@
-"""Threads: the same bits for any number of them, no more of them than the container allows, and none left hanging
-after a fork. And the environment variables that choose kernels, instruction set and threads.
+"""Threads: the same bits for any number of them, no more of them than the container allows, and none left
+hanging after a fork. And the environment variables that choose kernels, instruction set and threads.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ def test_the_default_is_the_smaller_of_affinity_and_quota_rounded_up(monkeypatch
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
 def test_affinity_is_respected():
     one = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, {{{one}}}); from entrenar import kernels; print(kernels.get_num_threads())"
+    code = f"import os; os.sched_setaffinity(0, {{{one}}}); from entrenar import kernels as k"
+    code += "; print(k.get_num_threads())"
     assert python(code) == "1"
 
 

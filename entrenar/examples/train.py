@@ -244,10 +244,11 @@ def curve(trainer: Trainer, here: machine.Machine) -> Curve:
         f"{t.batch_size * t.accumulation} x {t.context} tokens per step · "
         f"{clock(seconds)} on {here.threads} threads of {here.cpu}"
     )
+    looks = {seen.step: seen.bits_per_byte for seen in trainer.looks}  # the last look is the whole text
     return Curve(
         f"A LLaMA learns {_short(facts.source)}", subtitle,
         [(r.step, r.bits_per_byte) for r in trainer.reports],
-        [(seen.step, seen.bits_per_byte) for seen in trainer.looks],
+        list(looks.items()),
         [("gzip -9", facts.gzip_bits), ("xz -9", facts.xz_bits)],
     )  # fmt: skip
 

@@ -11,18 +11,14 @@ import os
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from entrenar.kernels import reference
 
-KERNELS = (
-    "matmul",
-    "softmax_forward", "softmax_backward", "log_softmax_forward", "log_softmax_backward",
-    "rms_norm_forward", "rms_norm_backward", "layer_norm_forward", "layer_norm_backward",
-    "rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward",
-    "attention_forward", "attention_backward",
-    "cross_entropy_forward", "cross_entropy_backward", "linear_cross_entropy",
-    "embedding_backward", "adamw_step", "sum_of_squares", "fma_peak",
-)
+if TYPE_CHECKING:  # what `globals().update` below brings in, for type checkers
+    from entrenar.kernels.reference import *  # noqa: F403
+
+KERNELS = tuple(reference.__all__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def pick() -> tuple[ModuleType, str]:
 
 
 backend, why = pick()
-globals().update({name: getattr(backend, name, None) or getattr(reference, name, None) for name in KERNELS})
+globals().update({name: getattr(backend, name) for name in KERNELS})
 
 
 def available_isas() -> list[str]:

@@ -159,27 +159,31 @@ def matrices(a: Array) -> tuple[Array, int, int]:
 
 def group_stride(a: Array, batch: tuple[int, ...]) -> tuple[Array, int]:
     """`a` and the one element stride that walks over its matrices broadcast to `batch`; copied where none does."""
-    if math.prod(a.shape[:-2]) == 1:
+    own = a.shape[:-2]
+    if own == batch and a.flags.c_contiguous:
+        return a, a.shape[-2] * a.shape[-1]
+    if math.prod(own) == 1:
         return a, 0
-    a = np.broadcast_to(a, batch + a.shape[-2:])
-    axes = [(size, stride) for size, stride in zip(batch, a.strides, strict=False) if size != 1]
-    stride = span = axes[-1][1]
-    for size, step in reversed(axes):
-        if step != span or step % 4:
-            a = floats(a)
-            return a, a.shape[-2] * a.shape[-1]
-        span = step * size
-    return a, stride // 4
+    missing = len(batch) - len(own)
+    strides = [0] * missing + [0 if size == 1 else stride for size, stride in zip(own, a.strides, strict=False)]
+    axes = [(size, stride) for size, stride in zip(batch, strides, strict=True) if size != 1]
+    first = wanted = axes[-1][1]
+    for size, stride in reversed(axes):
+        if stride != wanted or stride % 4:
+            return floats(np.broadcast_to(a, batch + a.shape[-2:])), a.shape[-2] * a.shape[-1]
+        wanted = stride * size
+    return a, first // 4
 
 
 def matmul(a: Array, b: Array) -> Array:
     checks.matmul(a, b)
     if not float32(a, b):
         return reference.matmul(a, b)
-    batch, count, (m, k), n = (), 1, a.shape[-2:], b.shape[-1]
-    if a.ndim > 2 or b.ndim > 2:
-        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        count = math.prod(batch)
+    (m, k), n = a.shape[-2:], b.shape[-1]
+    batch = a.shape[:-2]
+    if b.ndim > 2 and b.shape[:-2] != batch:
+        batch = np.broadcast_shapes(batch, b.shape[:-2])
+    count = math.prod(batch)
     c = empty(*batch, m, n)
     if not c.size:
         return c
@@ -396,7 +400,7 @@ def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Ar
     (B, T, H, D), (S, KH) = q.shape, k.shape[1:3]
     q, k, v = strided(q), strided(k), strided(v)
     o, lse = empty(B, T, H, D), empty(B, H, T)
-    work = scratch(lib.ent_attention_forward_scratch(get_num_threads(), B, T, S, H, D))
+    work = scratch(lib.ent_attention_forward_scratch(get_num_threads(), B, T, S, H, KH, D))
     lib.ent_attention_forward(at(o), at(lse), at_strided(q), at_strided(k), at_strided(v), work, scale,
                               B, T, S, H, KH, D, head_strides(q, k, v))
     return o, lse

@@ -16,6 +16,16 @@ import numpy as np
 
 from entrenar.kernels import checks
 
+__all__ = [  # the kernels, each of them also in native.py; besides, ops/elementwise.py reads sigmoid and erf
+    "matmul",
+    "softmax_forward", "softmax_backward", "log_softmax_forward", "log_softmax_backward",
+    "rms_norm_forward", "rms_norm_backward", "layer_norm_forward", "layer_norm_backward",
+    "rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward",
+    "attention_forward", "attention_backward",
+    "cross_entropy_forward", "cross_entropy_backward", "linear_cross_entropy",
+    "embedding_backward", "adamw_step", "sum_of_squares", "fma_peak",
+]  # fmt: skip
+
 Array = np.ndarray
 
 SUM_BLOCK = 4096  # sum_of_squares adds up blocks of so many numbers
@@ -242,10 +252,11 @@ _ERFC_Q += [3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3,
 
 
 def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
-    """o_t = sum_s p_ts v_s,   p_t = softmax over s <= t + S - T of scale * q_t k_s,   lse = log of its sum
+    """o_t = sum_s p_ts v_s,   p_ts = exp(z_ts - lse_t),   z_ts = scale * q_t k_s,   lse_t = log sum exp z_t
 
-    q, o (B, T, H, D)   k, v (B, S, KH, D)   lse (B, H, T). Query head h reads key/value head h // (H/KH); the
-    last query sees all S keys. This naive form stores the T x S scores; the C kernel does not.
+    q, o (B, T, H, D)   k, v (B, S, KH, D)   lse (B, H, T)
+    Sums are over s <= t + S - T: the last query sees all S keys. Query head h reads kv head h // (H/KH).
+    This naive form stores the T x S scores; C does not.
     Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", 2023; lse kept for backward: Dao et al., 2022.
     """
     checks.attention("attention", q, k, v)

@@ -8,6 +8,7 @@ Field names and defaults are those of Hugging Face's LlamaConfig, so a config.js
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ class LlamaConfig:
         if wrong := list(self._problems()):
             raise ValueError("LlamaConfig: " + "; ".join(wrong))
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "max_position_embeddings")  # fmt: skip
         bad = [name for name in sizes if not _is_count(getattr(self, name))]
@@ -67,7 +68,7 @@ class LlamaConfig:
             )
         if self.head_dim is not None and (not _is_count(self.head_dim) or self.head_dim % 2):
             yield f"head_dim = {self.head_dim!r}: wanted an even whole number of at least 2 (RoPE turns pairs)"
-        if not bad and self.num_attention_heads % self.num_key_value_heads:
+        if not bad and self.num_attention_heads % (self.num_key_value_heads or 1):
             yield (
                 f"num_key_value_heads = {self.num_key_value_heads}: wanted a divisor of "
                 f"num_attention_heads = {self.num_attention_heads}"
@@ -79,7 +80,7 @@ class LlamaConfig:
             yield f"hidden_act = {self.hidden_act!r}: wanted 'silu', the only one LLaMA uses"
         yield from self._rope_problems()
 
-    def _rope_problems(self):
+    def _rope_problems(self) -> Iterator[str]:
         if self.rope_scaling is None:
             return
         if not isinstance(self.rope_scaling, dict):
@@ -97,6 +98,12 @@ class LlamaConfig:
         for key in self.rope_scaling.keys() - {*ROPE_SCALING_LLAMA3, "rope_type", "type"}:
             yield f"rope_scaling: unknown key {key!r}"
 
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """(H, KH, D): query heads, key/value heads, the width of a head."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None  # __post_init__ saw to it
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as Hugging Face's config.json has them, with the keys its loaders ask for."""
         fixed = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "float32"}
@@ -104,14 +111,15 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
-        """The configuration in a config.json that `to_dict` wrote; keys that are no field of this class are left out."""
+        """The configuration in a config.json that `to_dict` wrote; keys that are no field here are left out."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def parameter_count(self) -> int:
         """How many weights: embedding, L blocks, the last norm, and the head unless tied to the embedding."""
         C, F, V = self.hidden_size, self.intermediate_size, self.vocab_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        H, KH, D = self.heads
+        q, kv = H * D, KH * D
         attention = C * q + 2 * C * kv + q * C + (q + 2 * kv + C if self.attention_bias else 0)
         mlp = 3 * C * F + (2 * F + C if self.mlp_bias else 0)
         head = 0 if self.tie_word_embeddings else V * C
@@ -124,19 +132,19 @@ class LlamaConfig:
         4 D H per earlier token and layer for the causal scores and their use, (context + 1) / 2 of them on average.
         Training adds the backward's two products per forward one: three times as much.
         """
-        C, F, q = self.hidden_size, self.intermediate_size, self.num_attention_heads * self.head_dim
-        kv = self.num_key_value_heads * self.head_dim
+        C, F, (H, KH, D) = self.hidden_size, self.intermediate_size, self.heads
+        q, kv = H * D, KH * D
         block = 2 * (2 * C * q + 2 * C * kv + 3 * C * F) + 2 * q * (context + 1)
         forward = self.num_hidden_layers * block + 2 * C * self.vocab_size
         return 3 * forward if training else forward
 
     def memory_estimate(self, batch: int, context: int) -> MemoryEstimate:
         """Bytes a float32 training step of `batch` sequences of `context` tokens needs, by what each op saves."""
-        C, F = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        C, F, (H, KH, D) = self.hidden_size, self.intermediate_size, self.heads
+        q, kv = H * D, KH * D
         # Per token and layer: two norms' inputs and outputs, q, k, v, the attention's output and lse, gate, up and
         # their product, and one rstd per norm.
-        saved = 4 * C + 2 * q + 2 * kv + self.num_attention_heads + 3 * F + 2
+        saved = 4 * C + 2 * q + 2 * kv + H + 3 * F + 2
         weights = 4 * self.parameter_count()
         # The last norm's input and output, the head's dx; its dW lives from the forward of the loss on.
         head = 3 * C * batch * context + self.vocab_size * C

@@ -16,6 +16,7 @@ import numpy as np
 from entrenar import ops
 from entrenar.llama.config import LlamaConfig
 from entrenar.nn import Embedding, Linear, Module, RMSNorm
+from entrenar.ops.loss import Reduction
 from entrenar.tensor import Tensor
 
 
@@ -26,7 +27,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     w > L/low, and moves from one to the other in between.
     Source: Su et al. 2021, "RoFormer"; the Llama 3.1 release for the scaling.
     """
-    D = config.head_dim
+    _, _, D = config.heads
     f = config.rope_theta ** (-np.arange(0, D, 2, dtype=np.float64) / D)
     if config.rope_scaling is None:
         return f
@@ -50,7 +51,8 @@ class KVCache:
     def __init__(self, config: LlamaConfig, *, batch: int = 1, capacity: int | None = None,
                  dtype: Any = np.float32) -> None:  # fmt: skip
         capacity = config.max_position_embeddings if capacity is None else capacity
-        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+        _, KH, D = config.heads
+        shape = (config.num_hidden_layers, batch, capacity, KH, D)
         self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
         self.length, self.capacity = 0, capacity
 
@@ -71,7 +73,7 @@ class Attention(Module):
     """
 
     def __init__(self, config: LlamaConfig, layer: int, dtype: Any) -> None:
-        C, H, KH, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        C, (H, KH, D) = config.hidden_size, config.heads
         std, bias = config.initializer_range, config.attention_bias
         self.q_proj = Linear(C, H * D, bias=bias, std=std, dtype=dtype)
         self.k_proj = Linear(C, KH * D, bias=bias, std=std, dtype=dtype)
@@ -157,7 +159,10 @@ class Llama(Module):
         cos, sin = self._rope(start, start + ids.shape[1])
         x = self.model.embed_tokens(ids)
         for block in self.model.layers:
-            x = ops.checkpoint(block, x, cos, sin) if self.checkpointing and cache is None else block(x, cos, sin, cache)
+            if self.checkpointing and cache is None:
+                x = ops.checkpoint(block, x, cos, sin)
+            else:
+                x = block(x, cos, sin, cache)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.model.norm(x)
@@ -166,7 +171,7 @@ class Llama(Module):
         """ids (B, T) -> logits (B, T, V)"""
         return ops.linear(self.hidden(ids, cache), self.head_weight)
 
-    def loss(self, ids: np.ndarray, targets: np.ndarray, *, reduction: str = "mean") -> Tensor:
+    def loss(self, ids: np.ndarray, targets: np.ndarray, *, reduction: Reduction = "mean") -> Tensor:
         """Cross-entropy in nats of predicting targets (B, T), -100 ignored, from ids (B, T). Never holds the logits."""
         x = self.hidden(ids)
         rows = x.reshape(-1, self.config.hidden_size)

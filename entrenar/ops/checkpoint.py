@@ -24,7 +24,7 @@ class Checkpoint(Op):
         now = random.get_state()
         random.set_state(state)  # the same dropout masks as the first time
         try:
-            return fn(*[_standing_at(edge, x) for edge, x in zip(self.edges, inputs, strict=True)])
+            return fn(*[_standing_at(edge, x) for edge, x in zip(self.edges or (), inputs, strict=True)])
         finally:
             random.set_state(now)
 
