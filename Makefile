@@ -46,8 +46,8 @@ sanitize: .venv-sanitize/.ready ## the kernel suite under AddressSanitizer and U
 	@cd build/sanitize && $(SANITIZED) ../../.venv-sanitize/bin/pytest -c ../../pyproject.toml --rootdir ../.. \
 	    -p no:cacheprovider -m "not tier3 and not peers" $(addprefix ../../,$(SUITE))
 
-bench: .venv-peers/.ready ## the measured tables of the README, against NumPy, PyTorch and transformers
-	@.venv-peers/bin/python -m benchmarks
+bench: .venv/.ready .venv-peers/.ready ## the measured tables, against NumPy, PyTorch and transformers; ARGS="--full"
+	@$(RUN) -m benchmarks $(ARGS)
 
 clean: ## removes builds, environments and caches; runs/ stays
 	rm -rf build dist *.egg-info entrenar/_kernels*.so .venv .venv-peers .venv-sanitize

@@ -89,14 +89,14 @@ double ent_sum_of_squares(const float *restrict x, int64_t n, double *restrict s
 
 // ---- attention.c.inc, linear_cross_entropy.c.inc -----------------------------------------------------------------
 
-// o[b,t,h] = sum_s p[s] v[b,s,y],  p = softmax over s <= t + S - T of scale * q[b,t,h] . k[b,s,y],  y = h KH / H;
+// o[b,t,h] = sum_s p[s] v[b,s,y], p = softmax over s <= t + S - T of scale * q[b,t,h] . k[b,s,y], y = h KH / H
 // lse[b,h,t] = the logarithm of the softmax's denominator
 // q (B, T, H, D) and k, v (B, S, KH, D) have unit stride along D, and the element strides along their other axes
 // in strides (9): B T H of q, B S KH of k, B S KH of v. o (B, T, H, D) and lse (B, H, T) are contiguous; KH
 // divides H, S >= T. No dimension is 0. `scratch` holds ent_attention_forward_scratch() floats, linear in S.
-void ent_attention_forward(float *restrict o, float *restrict lse, const float *q, const float *k, const float *v,
-                           float *restrict scratch, double scale, int64_t B, int64_t T, int64_t S, int64_t H,
-                           int64_t KH, int64_t D, const int64_t *strides);
+void ent_attention_forward(float *restrict o, float *restrict lse, const float *q, const float *k,
+                           const float *v, float *restrict scratch, double scale, int64_t B, int64_t T,
+                           int64_t S, int64_t H, int64_t KH, int64_t D, const int64_t *strides);
 int64_t ent_attention_forward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH,
                                       int64_t D);
 
@@ -106,13 +106,14 @@ void ent_attention_backward(float *restrict dq, float *restrict dk, float *restr
                             const float *q, const float *k, const float *v, const float *o, const float *lse,
                             float *restrict scratch, double scale, int64_t B, int64_t T, int64_t S, int64_t H,
                             int64_t KH, int64_t D, const int64_t *strides);
-int64_t ent_attention_backward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH,
-                                       int64_t D);
+int64_t ent_attention_backward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H,
+                                       int64_t KH, int64_t D);
 
-// losses[r] = logsumexp_v(logits) - logits[targets[r]], logits[v] = sum_c x[r,c] w[v,c], for the N rows r in `rows`;
-// dx[r], dw = the gradients of scale * sum of these losses. Other rows of losses and dx are not written.
-// x, dx (.., C), w, dw (V, C), losses, targets (..), rows (N), all contiguous; dx, dw or both may be NULL: not wanted.
-// `chunk` rows go together; `scratch` holds ent_linear_cross_entropy_scratch() floats, 64-byte aligned.
+// losses[r] = logsumexp_v(logits) - logits[targets[r]], logits[v] = sum_c x[r,c] w[v,c], for the N rows r in
+// `rows`; dx[r], dw = the gradients of scale * sum of these losses. Other rows of losses and dx are not
+// written. x, dx (.., C), w, dw (V, C), losses, targets (..), rows (N), all contiguous; dx, dw or both may be
+// NULL: not wanted. `chunk` rows go together; `scratch` holds ent_linear_cross_entropy_scratch() floats,
+// 64-byte aligned.
 void ent_linear_cross_entropy(float *restrict losses, float *dx, float *dw, const float *restrict x,
                               const float *restrict w, const int64_t *restrict targets,
                               const int64_t *restrict rows, float *restrict scratch, double scale, int64_t N,

@@ -158,11 +158,9 @@ def laid_out(args: dict, layout: str, only: str | None = None) -> dict:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@every_kernel
+@pytest.mark.parametrize("case", [case for case in CASES if not case.in_place], ids=lambda case: case.kernel)
 def test_layouts(case, layout, native):
     """All arrays in the layout, then one at a time; a fresh result, and inputs as they were."""
-    if case.in_place:
-        pytest.skip("in place: see test_in_place_kernels_change_views_or_refuse_them")
     args = case.make(np.random.default_rng(5), **case.sizes[1])
     floats = [name for name, x in args.items() if isinstance(x, np.ndarray) and x.dtype.kind == "f"]
     for only in (None, *floats) if len(floats) > 1 else (None,):
@@ -327,7 +325,8 @@ def test_no_kernel_reads_outside_its_inputs(isa):
 @pytest.mark.parametrize("side", ["overrun", "underrun"])
 def test_a_read_outside_a_guarded_array_dies(side):
     done = guard(side)
-    assert done.returncode < 0 and done.stdout == "touching\n"
+    assert done.returncode not in (0, 1), "a crash, or a sanitizer's report of one: no Python error"
+    assert done.stdout == "touching\n"
 
 
 # The checker itself

@@ -58,9 +58,11 @@ def batches(batch: int, context: int, vocabulary: int) -> list[np.ndarray]:
 def with_entrenar(model: str, batch: int, context: int, weights: str) -> Case:
     from safetensors.numpy import load_file
 
+    from entrenar import kernels
     from entrenar.llama import Llama, LlamaConfig
     from entrenar.optim import AdamW, clip_scale, global_norm
 
+    kernels.keep_freed_memory()  # as the training job does
     llama = Llama(LlamaConfig(**MODELS[model]))
     llama.load_state_dict(load_file(weights))
     parameters = llama.parameters()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from entrenar import random
+from entrenar import kernels, random
 from entrenar.data import CorpusError, Prepared, TokenizerError, prepare
 from entrenar.data.files import write_file
 from entrenar.llama import Llama, LlamaConfig
@@ -104,6 +104,7 @@ def train(config: Config, display: Display) -> int:
     shape = config.llama(data.tokenizer.vocab_size, data.tokenizer.end_id)
     must_fit(config, shape)
 
+    kernels.keep_freed_memory()
     random.seed(config.training.seed)
     model = Llama(shape, checkpointing=config.training.activation_checkpointing)
     here = machine.look()

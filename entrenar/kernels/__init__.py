@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from entrenar.kernels import reference
+from entrenar.kernels.memory import keep_freed_memory as keep_freed_memory
 
 if TYPE_CHECKING:  # what `globals().update` below brings in, for type checkers
     from entrenar.kernels.reference import *  # noqa: F403

@@ -58,7 +58,8 @@ class LinearCrossEntropy(Op):
         return _total(losses, weight)
 
     def backward(self, dloss):
-        dx, dw = (d if d is None or dloss == 1 else d * dloss for d in self.saved)
+        (dx, dw), self.saved = self.saved, ()  # handed over, not kept: the engine may add to them in place
+        dx, dw = (d if d is None or dloss == 1 else d * dloss for d in (dx, dw))
         return dx, dw, None
 
 
