@@ -96,40 +96,40 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("packaging")
 
 
-@pytest.fixture(scope="module")
-def source(folder) -> Path:
-    """A copy of the checkout, as a fresh clone has it: no builds, no caches."""
-    copy = folder / "source"
-    ignore = shutil.ignore_patterns(
-        ".git",
-        ".venv*",
-        "build",
-        "dist",
-        "runs",
-        "*.so",
-        "*.o",
-        "__pycache__",
-        "*.egg-info",
-        ".*_cache",
-        ".hypothesis",
-    )
-    shutil.copytree(ROOT, copy, ignore=ignore)
-    return copy
+BUILT = shutil.ignore_patterns(
+    ".git",
+    ".venv*",
+    "build",
+    "dist",
+    "runs",
+    "*.so",
+    "*.o",
+    "__pycache__",
+    "*.egg-info",
+    ".*_cache",
+    ".hypothesis",
+)
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of the checkout in `folder`, as a fresh clone has it: no builds (pip leaves its own), no caches."""
+    return Path(shutil.copytree(ROOT, folder / "source", ignore=BUILT))
 
 
 @pytest.fixture(scope="module")
-def distributions(source, folder) -> tuple[Path, Path]:
+def distributions(tmp_path_factory, folder) -> tuple[Path, Path]:
     """(sdist, wheel), the wheel built from the sdist: what `python -m build` does by default."""
+    source = checkout(tmp_path_factory.mktemp("distributions"))
     execute(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", source, cwd=folder)
     (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     return sdist, wheel
 
 
 @pytest.fixture(scope="module")
-def installed(source, folder) -> Path:
+def installed(folder) -> Path:
     """The Python of an empty virtual environment after `pip install .` and nothing else."""
     python = new_environment(folder / "installed")
-    execute(python, "-m", "pip", "install", "--quiet", source, cwd=folder)
+    execute(python, "-m", "pip", "install", "--quiet", checkout(folder), cwd=folder)
     return python
 
 
@@ -152,7 +152,7 @@ def build_wheel(source: Path, out: Path, **variables: str) -> tuple[Path, str]:
     """
     shutil.copytree(source, out / "source")
     wheel_command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v")
-    done = execute(*wheel_command, "-w", out, out / "source", cwd=out, **variables)
+    done = execute(*wheel_command, "-w", out, checkout(out), cwd=out, **variables)
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(out / "package")
@@ -236,12 +236,12 @@ def test_installing_from_a_distribution(kind, distributions, installed, folder):
 
 @needs_compiler
 @pytest.mark.parametrize("compiler", ["clang", "gcc"])
-def test_both_compilers_build_kernels_that_agree_with_the_reference(compiler, source, tmp_path):
+def test_both_compilers_build_kernels_that_agree_with_the_reference(compiler, tmp_path):
     versions = [compiler, *(f"{compiler}-{n}" for n in range(25, 10, -1))]
     found = next((path for path in map(shutil.which, versions) if path), None)
     if not found:
         pytest.skip(f"no {compiler}")
-    package, said = build_wheel(source, tmp_path, CC=found)
+    package, said = build_wheel(tmp_path, CC=found)
     where, backend, openmp, isas, stderr = probe(sys.executable, tmp_path, PYTHONPATH=str(package))
     assert where == package / "entrenar"
     assert (backend, stderr) == ("native", "") and isas
@@ -249,7 +249,7 @@ def test_both_compilers_build_kernels_that_agree_with_the_reference(compiler, so
 
 
 @needs_compiler
-def test_without_openmp_kernels_run_on_one_thread(source, tmp_path):
+def test_without_openmp_kernels_run_on_one_thread(tmp_path):
     """A compiler that knows no -fopenmp: the build says so and goes on."""
     real = shutil.which(os.environ.get("CC", "cc"))
     wrapper = tmp_path / "cc"
@@ -258,7 +258,7 @@ def test_without_openmp_kernels_run_on_one_thread(source, tmp_path):
         encoding="ascii",
     )
     wrapper.chmod(0o755)
-    package, said = build_wheel(source, tmp_path, CC=str(wrapper))
+    package, said = build_wheel(tmp_path, CC=str(wrapper))
     assert "no OpenMP here" in said
     _, backend, openmp, _, stderr = probe(
         sys.executable, tmp_path, PYTHONPATH=str(package), ENTRENAR_NUM_THREADS="2"
@@ -270,9 +270,9 @@ def test_without_openmp_kernels_run_on_one_thread(source, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["a compiler that fails", "no compiler in PATH"])
-def test_without_a_compiler_it_installs_and_says_once_that_it_is_slow(how, source, tmp_path):
+def test_without_a_compiler_it_installs_and_says_once_that_it_is_slow(how, tmp_path):
     variables = {"CC": "/bin/false"} if how == "a compiler that fails" else {"PATH": str(tmp_path)}
-    package, _ = build_wheel(source, tmp_path, **variables)
+    package, _ = build_wheel(tmp_path, **variables)
     assert not list((package / "entrenar").glob("_kernels*.so"))
 
     where, backend, _, isas, stderr = probe(sys.executable, tmp_path, PYTHONPATH=str(package))
