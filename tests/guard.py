@@ -18,6 +18,7 @@ import numpy as np
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 19, 31, 33)  # rows that end anywhere in a vector
 
 
 def guarded(x: np.ndarray, side: str) -> np.ndarray:
@@ -50,7 +51,7 @@ def run_all(isa: str) -> None:
     kernels.use_isa(isa)
     rng = np.random.default_rng(0)
     for case in kernel_cases.CASES:
-        sizes = [*case.sizes, *(tail(n) for tail in case.tails for n in range(1, 36))]
+        sizes = [*case.sizes, *(tail(n) for tail in case.tails for n in LENGTHS)]
         for size in sizes:
             args = case.make(rng, **size)
             for side in ("end", "start"):

@@ -70,9 +70,7 @@ def test_every_kernel_of_the_header_and_of_the_package_is_in_the_table():
 def test_every_kernel_is_computed_in_c(native):
     """The package falls back to the reference where a wrapper is missing: none may be."""
     missing = [
-        name
-        for name in kernels.KERNELS
-        if getattr(getattr(native, name, None), "__module__", "") != native.__name__
+        name for name in kernels.KERNELS if getattr(getattr(native, name, None), "__module__", "") != native.__name__
     ]
     assert not missing
 
@@ -150,9 +148,7 @@ LAYOUTS = {
 def laid_out(args: dict, layout: str, only: str | None = None) -> dict:
     """The arguments with every float array (or the one named) in another layout."""
     return {
-        name: LAYOUTS[layout](x)
-        if isinstance(x, np.ndarray) and x.dtype.kind == "f" and only in (None, name)
-        else x
+        name: LAYOUTS[layout](x) if isinstance(x, np.ndarray) and x.dtype.kind == "f" and only in (None, name) else x
         for name, x in args.items()
     }
 
@@ -166,9 +162,7 @@ def test_layouts(case, layout, native):
     for only in (None, *floats) if len(floats) > 1 else (None,):
         views = laid_out(args, layout, only)
         before = {name: x.tobytes() for name, x in split(views)[0].items()}
-        plain = {
-            name: np.array(x, x.dtype.newbyteorder("=")) if name in before else x for name, x in views.items()
-        }
+        plain = {name: np.array(x, x.dtype.newbyteorder("=")) if name in before else x for name, x in views.items()}
 
         wanted, bounds = expected(reference, case, plain)
         outputs = run(native, case, views)
@@ -210,9 +204,7 @@ def test_contiguous_inputs_are_left_unchanged(case, isa, native):
     before = {name: x.tobytes() for name, x in split(args)[0].items()}
     arrays, constants = split(args)
     getattr(native, case.kernel)(*arrays.values(), **constants)
-    changed = [
-        name for name, x in arrays.items() if x.tobytes() != before[name] and name not in case.in_place
-    ]
+    changed = [name for name, x in arrays.items() if x.tobytes() != before[name] and name not in case.in_place]
     assert not changed
 
 
@@ -224,17 +216,12 @@ def test_float64_goes_to_the_reference_and_keeps_its_type(case, native):
         assert got.tobytes() == want.tobytes()
 
 
-@pytest.mark.parametrize(
-    "kernel", ["softmax_forward", "rms_norm_forward", "log_softmax_backward", "swiglu_backward"]
-)
+@pytest.mark.parametrize("kernel", ["softmax_forward", "rms_norm_forward", "log_softmax_backward", "swiglu_backward"])
 def test_row_kernels_take_any_number_of_leading_axes(kernel, native):
     case = BY_NAME[kernel]
     args = case.make(np.random.default_rng(8), N=12, C=7)
     shapes = {(12, 7): (2, 3, 2, 7), (12,): (2, 3, 2)}
-    deep = {
-        n: x.reshape(shapes.get(x.shape, x.shape)) if isinstance(x, np.ndarray) else x
-        for n, x in args.items()
-    }
+    deep = {n: x.reshape(shapes.get(x.shape, x.shape)) if isinstance(x, np.ndarray) else x for n, x in args.items()}
     for got, flat in zip(run(native, case, deep), run(native, case, args), strict=True):
         assert got.shape == shapes.get(flat.shape, flat.shape)
         assert got.tobytes() == flat.tobytes()
@@ -288,9 +275,7 @@ def test_masked_logits(isa, native):
 
 def test_exp_is_accurate_over_its_whole_range(isa, native):
     """softmax of (0, -t) has the ratio exp(-t): within 8 ulp from 0 to where float32 ends."""
-    t = np.concatenate([np.linspace(0, 87, 20_001), 2.0 ** np.arange(-30, 6), [88, 100, 1e4, 1e30]]).astype(
-        F32
-    )
+    t = np.concatenate([np.linspace(0, 87, 20_001), 2.0 ** np.arange(-30, 6), [88, 100, 1e4, 1e30]]).astype(F32)
     y = native.softmax_forward(np.stack([np.zeros_like(t), -t], axis=1))
     ratio, want = y[:, 1].astype(np.float64) / y[:, 0], np.exp(-t.astype(np.float64))
     assert np.all(np.abs(ratio - want) <= 8 * np.finfo(F32).eps * want + TINY)
@@ -408,9 +393,7 @@ STORED = ("rows", "columns", "wide rows", "wide columns")
 
 def check_matmul(native, a: np.ndarray, b: np.ndarray) -> None:
     want = a.astype(np.float64) @ b.astype(np.float64)
-    problem = mismatch(
-        native.matmul(a, b), want, bound_matmul(want, a.astype(np.float64), b.astype(np.float64))
-    )
+    problem = mismatch(native.matmul(a, b), want, bound_matmul(want, a.astype(np.float64), b.astype(np.float64)))
     assert not problem, f"matmul {a.shape} {a.strides} @ {b.shape} {b.strides}: {problem}"
 
 
@@ -465,9 +448,7 @@ def test_matmul_of_broadcast_and_permuted_batches(isa, native):
     check_matmul(native, heads, heads.swapaxes(-1, -2))
     check_matmul(native, np.broadcast_to(normal(rng, 4, 5), (3, 4, 5)), normal(rng, 3, 5, 6))
     check_matmul(native, normal(rng, 3, 4, 5)[::-1], normal(rng, 3, 5, 6)[::-1, ::-1, ::-1])
-    check_matmul(
-        native, np.broadcast_to(normal(rng, 4, 1), (4, 5)), np.broadcast_to(normal(rng, 1, 6), (5, 6))
-    )
+    check_matmul(native, np.broadcast_to(normal(rng, 4, 1), (4, 5)), np.broadcast_to(normal(rng, 1, 6), (5, 6)))
 
 
 def test_edge_tiles_compute_as_full_ones_do(isa, native):
@@ -481,7 +462,7 @@ def test_edge_tiles_compute_as_full_ones_do(isa, native):
 
 def test_a_product_across_many_blocks(isa, native):
     rng = np.random.default_rng(16)
-    for M, K, N in ((37, 2100, 45), (1100, 40, 21), (19, 40, 4200), (4, 3000, 1000)):
+    for M, K, N in ((37, 1300, 45), (700, 40, 21), (19, 40, 2100), (4, 1500, 600)):
         check_matmul(native, normal(rng, M, K), normal(rng, K, N))
         check_matmul(native, normal(rng, K, M).T, normal(rng, N, K).T)
 
@@ -526,9 +507,7 @@ def test_the_fused_loss_leaves_out_what_is_not_needed(native):
     arrays, constants = split(args)
     losses, dx, dw = native.linear_cross_entropy(*arrays.values(), **constants)
     for need_dx, need_dw in itertools.product((False, True), repeat=2):
-        some = native.linear_cross_entropy(
-            *arrays.values(), **constants | {"need_dx": need_dx, "need_dw": need_dw}
-        )
+        some = native.linear_cross_entropy(*arrays.values(), **constants | {"need_dx": need_dx, "need_dw": need_dw})
         assert some[0].tobytes() == losses.tobytes()
         assert some[1] is None if not need_dx else some[1].tobytes() == dx.tobytes()
         assert some[2] is None if not need_dw else some[2].tobytes() == dw.tobytes()

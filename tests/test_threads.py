@@ -55,9 +55,7 @@ def test_same_bits_for_1_2_3_and_4_threads(case, isa, native, thread_count):
         assert differing(native, case, case.make(rng, **size), thread_count) == [], f"{case.kernel} {size}"
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 4000, 300), (9, 700, 1000), (700, 9, 1000), (288, 288, 1500), (130, 2000, 40)]
-)
+@pytest.mark.parametrize("shape", [(1, 4000, 300), (9, 700, 1000), (700, 9, 1000), (288, 288, 1500), (130, 2000, 40)])
 def test_same_bits_for_products_of_every_shape(shape, isa, native, thread_count):
     """Thin, wide, deep: whichever way a product is divided among threads."""
     rng = np.random.default_rng(1)
@@ -218,11 +216,17 @@ def test_the_number_of_threads_can_be_set(native):
     assert python(INFO, ENTRENAR_NUM_THREADS="3").split()[2] == str(want)
 
 
-@pytest.mark.parametrize("value", ["0", "-2", "two", "1.5"])
-def test_a_wrong_number_of_threads_is_refused(value, native):
-    done = process(INFO, ENTRENAR_NUM_THREADS=value)
-    assert done.returncode == 1
-    assert f"ValueError: ENTRENAR_NUM_THREADS is {value!r}: wanted a whole number, 1 or more" in done.stderr
+@pytest.mark.parametrize("value", ["0", "-2", "two", "1.5", "1e1", "+ 1"])
+def test_a_wrong_number_of_threads_is_refused(value, monkeypatch):
+    monkeypatch.setenv("ENTRENAR_NUM_THREADS", value)
+    with pytest.raises(ValueError) as refusal:
+        threads.default_num_threads()
+    assert str(refusal.value) == f"ENTRENAR_NUM_THREADS is {value!r}: wanted a whole number, 1 or more"
+
+
+def test_a_wrong_number_of_threads_ends_the_import(native):
+    done = process(INFO, ENTRENAR_NUM_THREADS="many")
+    assert done.returncode == 1 and "ValueError: ENTRENAR_NUM_THREADS is 'many'" in done.stderr
 
 
 def test_the_instruction_set_can_be_set(isa, native):
@@ -233,7 +237,7 @@ def test_the_best_instruction_set_is_the_default(native):
     assert python(INFO).split()[:2] == ["native", native.available_isas()[-1]]
 
 
-@pytest.mark.parametrize("value", ["avx9", "AVX2 ", "sse"])
+@pytest.mark.parametrize("value", ["avx9", "AVX2"])
 def test_an_unknown_instruction_set_is_refused_naming_what_there_is(value, native):
     done = process(INFO, ENTRENAR_ISA=value)
     assert done.returncode == 1

@@ -50,8 +50,9 @@ static inline void store(float *p, vf v) { *(vf_in_memory *)p = v; }
 
 // A tile of 6 x 16 sums lives in 12 vector registers while k runs: two loads and six broadcasts feed 96
 // multiply-adds, and c is touched once. Loops over MR and 2 are unrolled, or the sums would live in memory.
-static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col,
-                                                       const float *b, int64_t b_row, int64_t k, int accumulate) {
+static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, const float *a, int64_t a_row,
+                                                       int64_t a_col, const float *b, int64_t b_row, int64_t k,
+                                                       int accumulate) {
     vf sum[MR][2];
     UNROLL for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vf){0};
     for (int64_t l = 0; l < k; l++) {

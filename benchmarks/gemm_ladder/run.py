@@ -89,9 +89,8 @@ def main() -> None:
     measured = climb(options.size)
     print(f"float32, {options.size} x {options.size}, one thread, {platform.machine()}, {kernels.info().isa}")
     for name, speed in measured.items():
-        print(
-            f"{name:12} {speed:8.1f} GFLOP/s {speed / measured['peak']:7.1%} of peak {speed / measured['naive']:7.1f}x naive"
-        )
+        shares = f"{speed / measured['peak']:7.1%} of peak {speed / measured['naive']:7.1f}x naive"
+        print(f"{name:12} {speed:8.1f} GFLOP/s {shares}")
     if options.json:
         options.json.write_text(json.dumps({"size": options.size, "gflops": measured}, indent=1) + "\n")
 

@@ -359,29 +359,30 @@ def linear_cross_entropy(
 ) -> tuple[Array, Array | None, Array | None]:
     """losses = cross_entropy(x w^T, targets), and the gradients dx, dw of scale * sum(losses)
 
-    x, dx (N, C)   w, dw (V, C)   targets, losses (N,); dx, dw None unless needed. Rows are taken in chunks,
-    and a chunk's gradients are made while its logits are there, so the (N, V) logits are never whole.
+    x, dx (N, C)   w, dw (V, C)   targets, losses (N,); dx, dw None unless needed. Rows are taken in chunks, and a
+    chunk's gradients are made while its logits are there, so the (N, V) logits are never whole. Rows whose target is
+    ignored are left out from the start.
     """
     targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index)
-    N, V = x.shape[0], w.shape[0]
+    kept, V = np.flatnonzero(targets != ignore_index), w.shape[0]
     dtype = np.result_type(x, w)
-    losses = np.zeros(N, dtype)
+    losses = np.zeros(x.shape[0], dtype)
     dx = np.zeros(x.shape, dtype) if need_dx else None
     dw = np.zeros(w.shape, dtype) if need_dw else None
 
     size = max(1, LOGITS_AT_ONCE // max(V, 1))
-    for start in range(0, N, size):
-        chunk = slice(start, start + size)
-        logits = matmul(x[chunk], w.T)  # (size, V)
-        losses[chunk], lse = cross_entropy_forward(logits, targets[chunk], ignore_index=ignore_index)
+    for start in range(0, len(kept), size):
+        rows = kept[start : start + size]
+        logits = matmul(x[rows], w.T)  # (size, V)
+        losses[rows], lse = cross_entropy_forward(logits, targets[rows], ignore_index=ignore_index)
         if not (need_dx or need_dw):
             continue
         dlosses = np.full(lse.shape, scale, dtype)
-        dlogits = cross_entropy_backward(dlosses, logits, targets[chunk], lse, ignore_index=ignore_index)
+        dlogits = cross_entropy_backward(dlosses, logits, targets[rows], lse, ignore_index=ignore_index)
         if dx is not None:
-            dx[chunk] = matmul(dlogits, w)
+            dx[rows] = matmul(dlogits, w)
         if dw is not None:
-            dw += matmul(dlogits.T, x[chunk])
+            dw += matmul(dlogits.T, x[rows])
     return losses, dx, dw
 
 
