@@ -7,6 +7,7 @@ without OpenMP kernels run on one thread, without a compiler entrenar runs on it
     ENTRENAR_BUILD_WIDE=1                  adds the instruction set "wide": 16 lanes compiled for AVX2, for tests
 """
 
+import hashlib
 import os
 import sys
 import tempfile
@@ -44,7 +45,8 @@ class BuildKernels(build_ext):
         flags = [*FLAGS, *openmp, *sanitizer_flags()]
         ext.depends = HEADERS
         stamp, recipe = Path(self.build_temp, "recipe.txt"), self.recipe(flags)
-        if not self.force and not self.newer(ext) and stamp.exists() and stamp.read_text() == recipe:
+        built = Path(self.get_ext_fullpath(ext.name))
+        if not self.force and built.exists() and stamp.exists() and stamp.read_text() == recipe:
             return
         self.force = True
         stamp.unlink(missing_ok=True)
@@ -62,14 +64,11 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
         stamp.write_text(recipe)
 
-    def newer(self, ext):
-        """True if a source is newer than the built module."""
-        built = Path(self.get_ext_fullpath(ext.name))
-        return not built.exists() or any(os.stat(source).st_mtime > built.stat().st_mtime for source in HEADERS)
-
     def recipe(self, flags):
-        """setuptools looks at file times only: other flags or another compiler must rebuild as well."""
-        return " ".join([*self.compiler.compiler_so, *flags, *(isa.name for isa in build_kernels.isas())])
+        """All that goes into the build. setuptools looks at file times alone, which miss other flags, another
+        compiler, and a source that was saved while it was compiled."""
+        sources = hashlib.blake2b(b"".join(Path(source).read_bytes() for source in HEADERS)).hexdigest()
+        return " ".join([*self.compiler.compiler_so, *flags, *(isa.name for isa in build_kernels.isas()), sources])
 
     def openmp_flags(self):
         """-fopenmp if a program with it really compiles and links (clang often lacks libomp)."""

@@ -30,7 +30,7 @@ def cpu_has(*features: str) -> str:
     return " && ".join(f'__builtin_cpu_supports("{feature}")' for feature in features)
 
 
-AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 X86 = [
     Isa("baseline", (), "1"),

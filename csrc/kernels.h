@@ -1,6 +1,7 @@
 // Every kernel, as a contract: the formula, the shapes, what may alias. Outputs come first, inputs are const, sizes
 // last. Kernels trust their callers (entrenar/kernels/native.py checks), never allocate, print or exit; `scratch` is
-// the caller's, its size in floats is given here.
+// the caller's, its size in floats is given here. Where that depends on the number of threads, so does the kernel: it
+// uses `threads` of them, the same number as the size was asked for.
 //
 // This file holds comments and prototypes only, one type per parameter: csrc/build_kernels.py reads it to make the
 // table of function pointers per instruction set, and cffi reads it to make the Python module. Adding a kernel is one
@@ -13,9 +14,9 @@
 // c[g,m,n] = sum_k a[g,m,k] b[g,k,n]      a (G, M, K), b (G, K, N) by element strides, c (G, M, N) contiguous
 // One of a's last two strides is 1, and one of b's; a group stride of 0 broadcasts. `scratch` holds
 // ent_matmul_scratch(threads) floats, 64-byte aligned.
-void ent_matmul(float *restrict c, const float *a, const float *b, float *restrict scratch, int64_t groups, int64_t m,
-                int64_t n, int64_t k, int64_t a_group, int64_t a_row, int64_t a_col, int64_t b_group, int64_t b_row,
-                int64_t b_col);
+void ent_matmul(float *restrict c, const float *a, const float *b, float *restrict scratch, int64_t threads,
+                int64_t groups, int64_t m, int64_t n, int64_t k, int64_t a_group, int64_t a_row, int64_t a_col,
+                int64_t b_group, int64_t b_row, int64_t b_col);
 int64_t ent_matmul_scratch(int64_t threads);
 
 // ---- rows.c.inc, norm.c.inc, rope.c.inc, swiglu.c.inc, loss.c.inc, embedding.c.inc, optimizer.c.inc ---------------
@@ -95,8 +96,8 @@ double ent_sum_of_squares(const float *restrict x, int64_t n, double *restrict s
 // in strides (9): B T H of q, B S KH of k, B S KH of v. o (B, T, H, D) and lse (B, H, T) are contiguous; KH
 // divides H, S >= T. No dimension is 0. `scratch` holds ent_attention_forward_scratch() floats, linear in S.
 void ent_attention_forward(float *restrict o, float *restrict lse, const float *q, const float *k,
-                           const float *v, float *restrict scratch, double scale, int64_t B, int64_t T,
-                           int64_t S, int64_t H, int64_t KH, int64_t D, const int64_t *strides);
+                           const float *v, float *restrict scratch, int64_t threads, double scale, int64_t B,
+                           int64_t T, int64_t S, int64_t H, int64_t KH, int64_t D, const int64_t *strides);
 int64_t ent_attention_forward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH,
                                       int64_t D);
 
@@ -104,8 +105,8 @@ int64_t ent_attention_forward_scratch(int64_t threads, int64_t B, int64_t T, int
 // dout and o (B, T, H, D), lse (B, H, T) are contiguous; q, k, v and strides as above.
 void ent_attention_backward(float *restrict dq, float *restrict dk, float *restrict dv, const float *dout,
                             const float *q, const float *k, const float *v, const float *o, const float *lse,
-                            float *restrict scratch, double scale, int64_t B, int64_t T, int64_t S, int64_t H,
-                            int64_t KH, int64_t D, const int64_t *strides);
+                            float *restrict scratch, int64_t threads, double scale, int64_t B, int64_t T,
+                            int64_t S, int64_t H, int64_t KH, int64_t D, const int64_t *strides);
 int64_t ent_attention_backward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H,
                                        int64_t KH, int64_t D);
 
@@ -116,12 +117,12 @@ int64_t ent_attention_backward_scratch(int64_t threads, int64_t B, int64_t T, in
 // 64-byte aligned.
 void ent_linear_cross_entropy(float *restrict losses, float *dx, float *dw, const float *restrict x,
                               const float *restrict w, const int64_t *restrict targets,
-                              const int64_t *restrict rows, float *restrict scratch, double scale, int64_t N,
-                              int64_t C, int64_t V, int64_t chunk);
+                              const int64_t *restrict rows, float *restrict scratch, int64_t threads,
+                              double scale, int64_t N, int64_t C, int64_t V, int64_t chunk);
 int64_t ent_linear_cross_entropy_scratch(int64_t threads, int64_t chunk, int64_t C, int64_t V);
 
 // ---- peak.c.inc --------------------------------------------------------------------------------------------------
 
-// Runs `rounds` of register-only fused multiply-adds on every thread; returns how many floating-point operations one
-// thread did. sink (threads) receives a value per thread so that nothing is optimised away.
-double ent_fma_peak(float *sink, int64_t rounds);
+// Runs `rounds` of register-only fused multiply-adds on each of `threads`; returns how many floating-point operations
+// one thread did. sink (threads) receives a value per thread so that nothing is optimised away.
+double ent_fma_peak(float *sink, int64_t threads, int64_t rounds);

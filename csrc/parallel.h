@@ -8,15 +8,19 @@ extern int ent_num_threads;  // set from Python (kernels.set_num_threads); lives
 #ifdef _OPENMP
 #include <omp.h>
 #define ENT_PRAGMA(text) _Pragma(#text)
-#define PARALLEL_FOR(condition) \
-    ENT_PRAGMA(omp parallel for schedule(static) num_threads(ent_num_threads) if(condition))
+#define PARALLEL_FOR(condition) PARALLEL_FOR_ON(ent_num_threads, condition)
+// Where each thread has its part of `scratch`, the caller says how many there are: another Python thread may set
+// ent_num_threads at any time.
+#define PARALLEL_FOR_ON(threads, condition) \
+    ENT_PRAGMA(omp parallel for schedule(static) num_threads((int)(threads)) if(condition))
 // Tasks of unequal length, taken as threads come free.
-#define PARALLEL_TASKS(condition) \
-    ENT_PRAGMA(omp parallel for schedule(dynamic) num_threads(ent_num_threads) if(condition))
+#define PARALLEL_TASKS_ON(threads, condition) \
+    ENT_PRAGMA(omp parallel for schedule(dynamic) num_threads((int)(threads)) if(condition))
 static inline int ent_thread(void) { return omp_get_thread_num(); }
 #else
 #define PARALLEL_FOR(condition) (void)(condition);
-#define PARALLEL_TASKS(condition) (void)(condition);
+#define PARALLEL_FOR_ON(threads, condition) (void)(threads), (void)(condition);
+#define PARALLEL_TASKS_ON(threads, condition) (void)(threads), (void)(condition);
 static inline int ent_thread(void) { return 0; }
 #endif
 

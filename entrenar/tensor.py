@@ -33,7 +33,9 @@ births = itertools.count()  # every recorded op takes the next number
 
 
 class _Recording(threading.local):
-    on = True
+    def __init__(self) -> None:  # runs once in each thread
+        self.on = True
+        self.before: list[bool] = []  # what `on` was outside each no_grad this thread is inside of
 
 
 _recording = _Recording()
@@ -47,13 +49,20 @@ def is_recording() -> bool:
 class no_grad(contextlib.ContextDecorator):
     """Nothing is recorded, and so nothing saved, inside `with no_grad():` or a function decorated `@no_grad()`."""
 
+    on = False
+
     def __enter__(self) -> None:
-        self.before = getattr(self, "before", [])
-        self.before.append(_recording.on)
-        _recording.on = False
+        _recording.before.append(_recording.on)
+        _recording.on = self.on
 
     def __exit__(self, *error: object) -> None:
-        _recording.on = self.before.pop()
+        _recording.on = _recording.before.pop()
+
+
+class recorded(no_grad):
+    """The opposite, for what is computed again during a backward() that is called inside no_grad."""
+
+    on = True
 
 
 class Tensor:

@@ -79,6 +79,18 @@ def test_a_failure_on_the_way_leaves_nothing(parts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(parts, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match="cannot write model.safetensors: No space left"):
+        save_checkpoint(tmp_path / "c", **parts)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_changed_missing_and_absent_files_are_told(parts, tmp_path):
     save_checkpoint(tmp_path / "c", **parts)
     weights = tmp_path / "c" / "model.safetensors"

@@ -80,7 +80,7 @@ def test_help_lists_every_option_with_its_default():
     text = re.sub(r"\s+", " ", help_text())
     for o in options():
         assert f"--{o.full_name} " in text
-    assert "windows per micro-batch (default 16)" in text
+    assert f"windows per micro-batch (default {Config().training.batch_size})" in text
     assert "(one of cosine, linear, constant, wsd; default " in text
 
 
@@ -97,7 +97,7 @@ schedule = "cosine"
 [lr_schedule]
 schedule = "cosin"
 """)  # fmt: skip
-    text = problems(file, ("training.stps", "3"), ("data.vocab_size", "many"), ("training.seed", "-1"))
+    text = problems(file, ("training.stps", "3"), ("steps", "3"), ("data.vocab_size", "many"), ("training.seed", "-1"))
     for expected in (
         f"{file} line 3: [model] hiden_size = 5: no such option; did you mean model.hidden_size?",
         f"{file} line 5: [training] learning_rate = 3: no such option; "
@@ -108,11 +108,12 @@ schedule = "cosin"
         "did you mean lr_schedule.schedule?",
         f'{file} line 11: [lr_schedule] schedule = "cosin": wanted one of cosine, linear, constant, wsd',
         "--training.stps 3: no such option; did you mean training.steps?",
+        "--steps 3: no such option; did you mean training.steps?",
         "--data.vocab_size many: wanted a whole number at least 257",
         "--training.seed -1: wanted a whole number at least 0",
     ):
         assert expected in text
-    assert text.startswith("9 problems")
+    assert text.startswith("10 problems")
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,41 @@ def test_a_glob_pattern_finds_files_below(folder):
     assert corpus(folder / "**" / "*.md").train[0].startswith("line 0")
 
 
+@pytest.mark.parametrize("held_out", [0.05, 0.999])
+def test_of_few_files_where_the_hash_leaves_a_side_empty_the_last_part_of_each_is_held_out(tmp_path, held_out):
+    texts = {"a.txt": "short\n" * 5, "z.txt": LINES}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        assert is_held_out(name, held_out) == (held_out > 0.5)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+    c = corpus(tmp_path, held_out=held_out)
+    assert [a + b for a, b in zip(c.train, c.held_out, strict=True)] == list(texts.values())
+    assert c.skipped == ("picture.png",)
+
+
+def test_a_last_line_of_any_length_leaves_a_part_to_hold_out(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 990 + "\n" + "end of it")
+    assert len(corpus(tmp_path / "a.txt", held_out=0.1).held_out[0]) == 100
+
+
+def test_names_that_are_no_utf8_are_names_too(folder, tmp_path):
+    (tmp_path / "text" / os.fsdecode(b"caf\xe9.txt")).write_text(LINES)
+    assert prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache")).facts.train_documents > 1
+
+
+def test_a_binary_file_is_known_by_a_nul_anywhere(folder):
+    (folder / "late.bin").write_bytes(b"\xff" * 9000 + b"\0")
+    assert corpus(folder).skipped == ("late.bin",)
+
+
+def test_a_pipe_is_told_to_be_no_file_and_an_unknown_home_no_place(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CorpusError, match="is neither a file nor a folder"):
+        find_sources(str(tmp_path / "pipe"))
+    with pytest.raises(CorpusError, match="'~nobody.knows/x' does not exist"):
+        find_sources("~nobody.knows/x")
+
+
 def test_standard_input_is_one_text(monkeypatch):
     corpus_module._stdin_bytes.cache_clear()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(LINES.encode())))
@@ -246,11 +281,12 @@ def test_the_cache_notices_another_setting_and_a_changed_file(folder, tmp_path):
     assert not prepare(str(folder), **options).cached
 
 
-def test_a_damaged_cache_is_prepared_again(folder, tmp_path):
+@pytest.mark.parametrize("left", [b"", b"garbage"])
+def test_a_damaged_cache_is_prepared_again(folder, tmp_path, left):
     options = {"tokenizer": "bytes", "cache": str(tmp_path / "cache")}
     first = prepare(str(folder), **options)
     (entry,) = (tmp_path / "cache").iterdir()
-    (entry / "train.npy").write_bytes(b"garbage")
+    (entry / "train.npy").write_bytes(left)
     said = []
     again = prepare(str(folder), **options, say=said.append)
     assert not again.cached and "cannot be read" in said[0]
@@ -264,6 +300,26 @@ def test_an_unwritable_cache_is_told_and_does_no_harm(folder, tmp_path):
         str(folder), tokenizer="bytes", cache=str(tmp_path / "file" / "below"), say=said.append
     )
     assert not prepared.cached and "not kept for the next run" in said[-1]
+
+
+def test_who_has_no_home_has_no_cache(folder, monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does then
+    monkeypatch.chdir(tmp_path)
+    assert not prepare(str(folder), tokenizer="bytes").cached
+    assert [p.name for p in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_tokenizer_that_does_not_keep_every_byte_is_refused(folder, tmp_path):
+    from tokenizers import normalizers
+
+    made = train_bpe([LINES], vocab_size=300)
+    made.inner.normalizer = normalizers.Replace("e", "")
+    made.save(tmp_path)
+    with pytest.raises(TokenizerError, match="held-out bytes, so bits per byte would be wrong"):
+        prepare(str(folder), tokenizer=str(tmp_path), cache="off")
+    with pytest.raises(TokenizerError, match="'bep' does not exist; wanted 'bpe', 'bytes', or a folder"):
+        prepare(str(folder), tokenizer="bep", cache="off")
 
 
 def test_facts_count_every_byte_of_text(folder, tmp_path):

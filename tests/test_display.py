@@ -66,6 +66,12 @@ def test_elsewhere_than_on_a_terminal_every_report_is_one_parsable_line():
     assert "\x1b" not in out.getvalue()
 
 
+def test_what_takes_time_before_the_first_step_is_told_elsewhere_too():
+    out = io.StringIO()
+    told(make_display(report_every=10, stream=out))
+    assert out.getvalue().startswith("# reading text\n")
+
+
 @pytest.mark.parametrize("term", ["dumb", ""])
 def test_a_dumb_terminal_gets_lines_too(monkeypatch, term):
     monkeypatch.setenv("TERM", term)

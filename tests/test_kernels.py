@@ -4,6 +4,7 @@ extreme values, guard pages. The table of kernels, their inputs and their error 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import subprocess
@@ -29,7 +30,7 @@ from kernel_cases import (
 )
 
 from entrenar import kernels
-from entrenar.kernels import reference
+from entrenar.kernels import memory, reference
 
 ROOT = Path(__file__).parent.parent
 BY_NAME = {case.kernel: case for case in CASES}
@@ -77,6 +78,33 @@ def test_every_kernel_is_computed_in_c(native):
 
 def test_the_peak_is_a_plausible_number_of_operations(native):
     assert 1e8 < native.fma_peak(0.01) < 1e14
+
+
+def test_both_kernels_of_a_name_have_one_signature(native):
+    for name in kernels.KERNELS:
+        here, there = (inspect.signature(getattr(module, name)) for module in (native, reference))
+        described = [[(p.name, p.kind, p.default) for p in s.parameters.values()] for s in (here, there)]
+        assert described[0] == described[1], f"{name}{here}, but {name}{there}"
+
+
+@pytest.mark.parametrize(("most", "kept"), [(1 << 31, 1 << 30), (32 << 20, 32 << 20), (0, None)])
+def test_freed_memory_is_kept_as_far_as_the_c_library_allows(most, kept, monkeypatch):
+    """Older glibcs refuse a threshold above 32 MiB."""
+    settings = {}
+
+    class Library:
+        def __init__(self, name):
+            pass
+
+        def mallopt(self, what: int, size: int) -> int:
+            if what == memory.M_MMAP_THRESHOLD and size > most:
+                return 0
+            settings[what] = size
+            return 1
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", Library)
+    assert kernels.keep_freed_memory() == (kept is not None)
+    assert settings.get(memory.M_MMAP_THRESHOLD) == kept
 
 
 # Sizes
@@ -177,7 +205,7 @@ def test_layouts(case, layout, native):
 
 @pytest.mark.parametrize(
     "layout",
-    [layout for layout in LAYOUTS if layout not in ("rows broadcast", "columns broadcast", "read only")],
+    [layout for layout in LAYOUTS if layout not in ("rows broadcast", "columns broadcast")],
 )
 @pytest.mark.parametrize("only", [None, "p", "g", "m", "v"])
 def test_in_place_kernels_change_views_or_refuse_them(layout, only, native):
@@ -608,6 +636,9 @@ WRONG = {
     ),
     "adamw shapes": (ValueError, lambda k: step(k, ones(3), ones(4), 1)),
     "adamw step": (ValueError, lambda k: step(k, ones(3), ones(3), 0)),
+    "adamw read-only p": (ValueError, lambda k: step(k, np.broadcast_to(ones(1), 3), ones(3), 1)),
+    "adamw p is g": (ValueError, lambda k: step(k, *[ones(3)] * 2, 1)),
+    "adamw p meets g": (ValueError, lambda k: (lambda both: step(k, both[:3], both[2:], 1))(ones(5))),
 }
 
 

@@ -1,12 +1,13 @@
 """The engine alone, on ops defined here: what it records, walks, frees and refuses."""
 
 import gc
+import threading
 import weakref
 
 import numpy as np
 import pytest
 
-from entrenar.tensor import Op, Tensor, no_grad
+from entrenar.tensor import Op, Tensor, is_recording, no_grad
 
 
 class Times(Op):
@@ -181,6 +182,36 @@ def test_no_grad_records_and_saves_nothing():
 
     assert f(x).op is None
     assert times(x, x).op is not None
+
+
+def test_no_grad_in_one_thread_leaves_the_others_alone():
+    """Two threads inside one decorated function, which the first to come is the first to leave."""
+    first_is_in, second_is_in, first_is_out = threading.Event(), threading.Event(), threading.Event()
+    recording = {}
+
+    @no_grad()
+    def f(mine: threading.Event, other: threading.Event) -> None:
+        mine.set()
+        other.wait(10)
+
+    def first() -> None:
+        f(first_is_in, second_is_in)
+        recording["first"] = is_recording()
+        first_is_out.set()
+
+    def second() -> None:
+        first_is_in.wait(10)
+        with no_grad():
+            f(second_is_in, first_is_out)
+            recording["second, inside"] = is_recording()
+        recording["second"] = is_recording()
+
+    workers = [threading.Thread(target=work) for work in (first, second)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(20)
+    assert recording == {"first": True, "second, inside": False, "second": True}
 
 
 def test_needs_is_false_where_nothing_is_recorded():

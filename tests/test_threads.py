@@ -111,6 +111,26 @@ print(count() - before)
     assert python(code) == ("2" if native.OPENMP else "0")
 
 
+@pytest.mark.parametrize(
+    "kernel", ["matmul", "attention_forward", "attention_backward", "linear_cross_entropy"]
+)
+def test_more_threads_while_a_kernel_starts_do_not_overrun_its_scratch(kernel, native, thread_count, monkeypatch):
+    """Another Python thread may set the number between a kernel's asking for scratch and its start."""
+    case = next(case for case in CASES if case.kernel == kernel)
+    args = case.make(np.random.default_rng(5), **case.large)
+    thread_count(1)
+    wanted, lent = bits(native, case, args), []
+
+    def scratch(size: int):
+        native.set_num_threads(3)
+        lent.append((np.full(3 * size + 16, 7, np.float32), size))
+        return native.at(lent[-1][0])
+
+    monkeypatch.setattr(native, "scratch", scratch)
+    assert bits(native, case, args) == wanted
+    assert lent and all((memory[size:] == 7).all() for memory, size in lent)
+
+
 def test_the_number_of_threads_is_kept_and_checked(native, thread_count):
     thread_count(3)
     assert native.get_num_threads() == (3 if native.OPENMP else 1)
@@ -294,6 +314,12 @@ def test_kernels_in_a_forked_child_do_not_hang_and_compute_the_same(native, thre
 
     assert in_child(lambda: [bits(native, case, args) for case, args in inputs] == wanted) == 0
     assert in_child(lambda: native.get_num_threads() == 1) == 0
+
+    def asking_for_more() -> bool:
+        thread_count(2)
+        return [bits(native, case, args) for case, args in inputs] == wanted
+
+    assert in_child(asking_for_more) == 0
     assert native.get_num_threads() == (2 if native.OPENMP else 1), "the parent keeps its threads"
     assert [bits(native, case, args) for case, args in inputs] == wanted
 

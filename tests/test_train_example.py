@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from entrenar.examples.train import main, parse, visible
+from entrenar.data import ByteTokenizer
+from entrenar.examples.train import interpreter, main, parse, visible
 from entrenar.training.checkpoint import load_checkpoint
 from entrenar.training.config import ConfigError
+from entrenar.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"{i} times {i} is {i * i}, and that is true.\n" for i in range(400))
@@ -155,6 +157,35 @@ def test_a_text_that_cannot_be_used_ends_with_2_and_leaves_no_run(place, capsys,
         (place / "bad.txt").write_bytes(content)
     code, _, errors = here(capsys, "--data.source", "bad.txt", "--out", "run")
     assert code == 2 and message in errors and errors.count("\n") == 1
+    assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["text.txt/run", "text.txt", "locked/run"])
+def test_a_place_that_cannot_be_written_to_is_told_before_the_text_is_read(place, capsys, monkeypatch, out):
+    (place / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda folder, mode: Path(folder).name != "locked")  # root may all
+    code, output, errors = here(capsys, "--out", out)
+    assert code == 2 and f"--out {out}: " in errors and output == ""
+
+
+def test_letters_the_terminal_lacks_do_not_end_a_run(place, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (place / "é.txt").write_text("çà et là\n" * 50)
+    done = run("--data.source", "é.txt", "--training.sample_prompt", "là", "--training.steps", "2")
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_ctrl_c_during_the_last_look_ends_with_130_and_a_picture(place, capsys, monkeypatch):
+    looked = Trainer.look
+
+    def interrupted(self, *, whole=False):
+        if whole:
+            os.kill(os.getpid(), signal.SIGINT)
+        return looked(self, whole=whole)
+
+    monkeypatch.setattr(Trainer, "look", interrupted)
+    code, output, _ = here(capsys, "--out", "run")
+    assert code == 130 and "a sample of" in output and (place / "run" / "curve.png").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.tier3)])
@@ -192,6 +223,26 @@ def test_the_7b_configuration_is_refused_where_it_cannot_fit(place, capsys, monk
     )
 
 
+def test_a_batch_that_cannot_fit_is_refused_before_the_text_is_read(place, capsys):
+    code, output, errors = here(capsys, "--training.batch_size", "1000000000")
+    assert code == 2 and "batch_size" in errors and output == ""
+
+
+def test_the_next_commands_can_be_typed(place, capsys, monkeypatch):
+    assert here(capsys, "--out", "my run", "--training.steps", "2")[0] == 0  # a space to be quoted
+    monkeypatch.setattr("sys.executable", str(place / ".venv/bin/python"))
+    assert here(capsys, "--out", "two", "--training.steps", "2")[0] == 0
+    assert interpreter() == ".venv/bin/python"
+    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
+    assert interpreter() == "python"
+
+
+def test_plan_knows_the_size_of_a_saved_tokenizer(place, capsys):
+    ByteTokenizer().save(place)
+    code, output, _ = here(capsys, "--plan", "--data.tokenizer", ".")
+    assert code == 0 and re.search(r"vocabulary +257\n", output)
+
+
 def test_a_loss_that_is_no_number_ends_with_1(place, capsys):
     code, _, errors = here(
         capsys, "--out", "run", "--lr_schedule.learning_rate", "1e30", "--training.clip_norm", "0"
@@ -201,12 +252,17 @@ def test_a_loss_that_is_no_number_ends_with_1(place, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["train"], ["--training.steps"], ["--training.steps", "--help"], ["-x", "1"]]
+    ("words", "message"),
+    [
+        (["train"], "train: wanted --section.key VALUE"),
+        (["-x", "1"], "-x: wanted --section.key VALUE"),
+        (["--training.steps"], "--training.steps: a value is missing"),
+        (["--training.steps", "--data.source", "x"], "--training.steps: a value is missing"),
+        (["--data.source", os.fsdecode(b"caf\xe9")], r"'caf\\udce9': wanted UTF-8"),
+    ],
 )
-def test_a_command_line_that_cannot_be_read_is_told(words):
-    if words[-1] == "--help":
-        words = ["--training.steps", "--data.source", "x"]
-    with pytest.raises(ConfigError, match="wanted --section.key VALUE|a value is missing"):
+def test_a_command_line_that_cannot_be_read_is_told(words, message):
+    with pytest.raises(ConfigError, match=message):
         parse(words)
 
 

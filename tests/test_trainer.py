@@ -14,7 +14,7 @@ from entrenar.data import IGNORE, prepare
 from entrenar.llama import Llama
 from entrenar.training.checkpoint import load_checkpoint
 from entrenar.training.config import read_config
-from entrenar.training.display import PlainLines
+from entrenar.training.display import HeldOut, PlainLines
 from entrenar.training.trainer import Trainer, TrainingError, accumulate_gradients, interruptible
 
 SMALL = {
@@ -148,9 +148,12 @@ def test_every_step_and_look_is_in_metrics(make):
         "seconds",
         "seconds_left",
     } <= steps[0].keys()
-    rates = [
-        optim.schedule("cosine", s, total_steps=6, warmup_steps=2, min_ratio=0.05) * 3e-3 for s in range(6)
-    ]
+    lr = t.config.lr_schedule
+    shares = [
+        optim.schedule(lr.schedule, s, total_steps=6, warmup_steps=2, min_ratio=lr.min_ratio,
+                       decay_steps=lr.decay_steps) for s in range(6)
+    ]  # fmt: skip
+    rates = [lr.learning_rate * share for share in shares]
     assert [e["learning_rate"] for e in steps] == pytest.approx(rates)
     assert steps[-1]["tokens"] == 6 * 2 * 16
 
@@ -179,6 +182,24 @@ def test_the_sample_of_held_out_text_is_smaller_and_always_the_same(make):
     one, two = t.look(), t.look()
     assert one.bits_per_byte == two.bits_per_byte
     assert 0 < one.tokens < t.data.facts.held_out_tokens
+
+
+def test_a_stop_while_all_held_out_text_is_read_makes_do_with_the_sample(make):
+    t = make()
+    doing = t.display.doing
+    t.display.doing = lambda *what: (doing(*what), t.stop("Ctrl-C"))
+    seen = t.look(whole=True)
+    assert not seen.whole and t.looks == [seen] and t.model.training
+    assert seen.tokens == make().look().tokens
+
+
+def test_the_time_left_counts_the_looks_to_come_and_the_last_at_everything(make):
+    t = make(training__steps=12, training__eval_every=4)
+    t.step, t.busy = 3, 2.0
+    assert t._seconds_left() == 9 * 2.0
+    facts = t.data.facts
+    t.looks = [HeldOut(0, 0.0, 0.0, facts.held_out_tokens // 10, 0, seconds=1.0, whole=False)]
+    assert t._seconds_left() == pytest.approx(9 * 2.0 + 3 + 10, rel=0.05)
 
 
 def test_a_checkpoint_holds_all_the_next_step_depends_on(make):
@@ -220,6 +241,15 @@ def test_no_number_for_a_loss_stops_the_run_and_keeps_the_checkpoint(make):
         t.train()
     assert t.step == 3 and load_checkpoint(t.run).state["step"] == 2
     assert events(t, "error")[0]["step"] == 4
+
+
+def test_a_full_disk_names_the_file(make):
+    t = make()
+    t.metrics.close()
+    t.metrics = open("/dev/full", "a")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        t.log("step")
+    t.close()
 
 
 def test_a_sample_is_text_and_repeatable(make):

@@ -9,7 +9,8 @@ A source is named by one string:
     -                  standard input, treated like one file
 
 Of many files, each goes to one side or the other by a hash of its name: stable between machines and runs, and
-unmoved when files are added. Leaves out tokens (tokenizer.py) and batches (batches.py).
+unmoved when files are added. Where they are so few that the hash leaves a side empty, the last part of each is
+held out. Leaves out tokens (tokenizer.py) and batches (batches.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import hashlib
 import os
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +53,13 @@ class Sources:
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, renamed or written to; reads no file."""
-        digest = hashlib.blake2b(self.source.encode(), digest_size=16)
+        digest = hashlib.blake2b(os.fsencode(self.source), digest_size=16)
         if self.text is not None:
             digest.update(self.text)
         for name, path in self.files:
             stat = path.stat()
-            digest.update(f"\0{name}\0{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+            facts = f"\0{name}\0{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+            digest.update(os.fsencode(facts))  # a name may hold bytes that are no UTF-8
         return digest.hexdigest()
 
 
@@ -66,7 +69,7 @@ def find_sources(source: str) -> Sources:
         return Sources(source, _stdlib_files())
     if source == "-":
         return Sources(source, (), _stdin_bytes())
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return Sources(source, ((path.name, path),))
     if path.is_dir():
@@ -77,8 +80,9 @@ def find_sources(source: str) -> Sources:
         files = tuple((p.as_posix(), p) for p in found if p.is_file())
         wanted = "a pattern that finds files"
     else:
+        fault = "is neither a file nor a folder" if path.exists() else "does not exist"
         raise CorpusError(
-            f"data.source: {source!r} does not exist (looked from {Path.cwd()}); "
+            f"data.source: {source!r} {fault} (looked from {Path.cwd()}); "
             f"wanted a text file, a folder, a glob pattern, '-' for standard input, or '{STDLIB}'"
         )
     if not files:
@@ -98,36 +102,18 @@ def read_corpus(sources: Sources, *, held_out: float = 0.05) -> Corpus:
         name, path = sources.files[0]
         return _split_one(str(path), sources.source, _decode(_read(path), str(path)), held_out)
 
-    train: list[str] = []
-    held: list[str] = []
-    skipped: list[str] = []
-    for name, path in sources.files:
-        raw = _read(path)
-        if b"\0" in raw[:8192]:
-            skipped.append(name)
-            continue
-        try:
-            text = _decode(raw, str(path))
-        except CorpusError:
-            if sources.source != STDLIB:
-                raise
-            skipped.append(
-                name
-            )  # Python source may declare another encoding; the user cannot mend the library
-            continue
-        if text.strip():
-            (held if is_held_out(name, held_out) else train).append(text)
-    if not train and not held:
+    texts, skipped = _read_texts(sources)
+    if not texts:
         raise CorpusError(
             f"data.source: {sources.source!r}: all {len(sources.files)} files are empty or binary"
         )
-    if not held and len(train) > 1:  # few files, and the hash chose none: the last in the order of hashes
-        held = [train.pop(-1)]
-    if not train and len(held) > 1:
-        train = [held.pop(0)]
-    if not held or not train:
-        return _split_one(sources.source, sources.source, (train + held)[0], held_out)
-    return Corpus(sources.source, train, held, tuple(skipped))
+    train = [text for name, text in texts.items() if not is_held_out(name, held_out)]
+    held = [text for name, text in texts.items() if is_held_out(name, held_out)]
+    if not train or not held:
+        train, held = _split_each(list(texts.values()), held_out)
+        if not train or not held:
+            raise CorpusError(f"data.source: {sources.source!r}: too little text to hold a part out")
+    return Corpus(sources.source, train, held, skipped)
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -136,16 +122,46 @@ def is_held_out(name: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
+def _read_texts(sources: Sources) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Text by name, of every file that has some; and the names of those that are no text."""
+    texts: dict[str, str] = {}
+    skipped: list[str] = []
+    for name, path in sources.files:
+        raw = _read(path)
+        if b"\0" in raw:
+            skipped.append(name)
+            continue
+        try:
+            text = _decode(raw, str(path))
+        except CorpusError:
+            if sources.source != STDLIB:  # whose files may declare another encoding, and are not the user's
+                raise
+            skipped.append(name)
+            continue
+        if text.strip():
+            texts[name] = text
+    return texts, tuple(skipped)
+
+
 def _split_one(name: str, source: str, text: str, held_out: float) -> Corpus:
-    """Cut one text near its end, at the start of a line if there is one in the last part."""
     if not text.strip():
         raise CorpusError(f"data.source: {name} is empty; wanted UTF-8 text")
-    cut = len(text) - max(1, int(len(text) * held_out))
-    line = text.find("\n", cut) + 1
-    cut = line if 0 < line < len(text) else cut
+    cut = _cut(text, held_out)
     if cut == 0:
         raise CorpusError(f"data.source: {name} has {len(text)} characters: too short to hold a part out")
     return Corpus(source, [text[:cut]], [text[cut:]])
+
+
+def _split_each(texts: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
+    cuts = [(text, _cut(text, held_out)) for text in texts]
+    return [text[:cut] for text, cut in cuts if cut], [text[cut:] for text, cut in cuts if cut]
+
+
+def _cut(text: str, held_out: float) -> int:
+    """Where the last part begins: at the start of a line, if that leaves at least half of what was asked."""
+    size = max(1, int(len(text) * held_out))
+    line = text.find("\n", len(text) - size) + 1
+    return line if 0 < line <= len(text) - size / 2 else len(text) - size
 
 
 def _decode(raw: bytes, name: str) -> str:

@@ -20,9 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
-from entrenar.data.corpus import find_sources, read_corpus
+from entrenar.data.corpus import Sources, find_sources, read_corpus
 from entrenar.data.files import new_folder
-from entrenar.data.tokenizer import FILE, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from entrenar.data.tokenizer import (
+    FILE,
+    ByteTokenizer,
+    Tokenizer,
+    TokenizerError,
+    load_tokenizer,
+    train_bpe,
+)
 
 FORMAT = 1  # of the cache; another number makes every old entry stale
 
@@ -68,13 +75,19 @@ def prepare(source: str, *, tokenizer: str = "bpe", vocab_size: int = 2048, held
     Raises CorpusError where the text cannot be used, TokenizerError for a bad tokenizer.
     """
     sources = find_sources(source)
-    if cache == "off":
+    if tokenizer not in ("bpe", "bytes"):
+        tokenizer = os.path.expanduser(tokenizer)
+        if not os.path.exists(tokenizer):
+            raise TokenizerError(
+                f"data.tokenizer: {tokenizer!r} does not exist; wanted 'bpe', 'bytes', or a folder with a {FILE}"
+            )
+    if (entries := _cache_folder(cache)) is None:
         return _prepare(sources, tokenizer, vocab_size, held_out, say)
-    folder = _cache_folder(cache) / _key(sources.fingerprint(), tokenizer, vocab_size, held_out)
+    folder = entries / _key(sources.fingerprint(), tokenizer, vocab_size, held_out)
     if folder.is_dir():
         try:
             return _load(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             say(f"cached data in {folder} cannot be read ({error}): preparing again")
             shutil.rmtree(folder, ignore_errors=True)
     prepared = _prepare(sources, tokenizer, vocab_size, held_out, say)
@@ -92,20 +105,22 @@ def bits_per_byte(nats: float, size: int) -> float:
     return nats / np.log(2).item() / size
 
 
-def _prepare(
-    sources, tokenizer: str, vocab_size: int, held_out: float, say: Callable[[str], None]
-) -> Prepared:
+def _prepare(sources: Sources, tokenizer: str, vocab_size: int, held_out: float,
+             say: Callable[[str], None]) -> Prepared:  # fmt: skip
     say(f"reading {sources.source}")
     corpus = read_corpus(sources, held_out=held_out)
     raw = "".join(corpus.held_out).encode()
-    with ThreadPoolExecutor(
-        2
-    ) as pool:  # both compressors work while the tokenizer does: they release the GIL
+    with ThreadPoolExecutor(2) as pool:  # both compressors release the GIL: the tokenizer works meanwhile
         gzipped = pool.submit(lambda: len(gzip.compress(raw, 9, mtime=0)))
         xzipped = pool.submit(lambda: len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)))
         made = _tokenizer(tokenizer, corpus.train, vocab_size, say)
         say("encoding")
         train, held = made.encode_documents(corpus.train), made.encode_documents(corpus.held_out)
+        if (told := int(made.byte_lengths()[held].sum())) != len(raw):
+            raise TokenizerError(
+                f"data.tokenizer: {tokenizer}: its tokens stand for {told:,} of {len(raw):,} held-out bytes, so "
+                "bits per byte would be wrong; wanted a byte-level BPE that changes nothing in the text"
+            )
         facts = Facts(
             source=corpus.source,
             train_documents=len(corpus.train),
@@ -130,11 +145,12 @@ def _tokenizer(name: str, documents: list[str], vocab_size: int, say: Callable[[
     return train_bpe(documents, vocab_size=vocab_size)
 
 
-def _cache_folder(cache: str) -> Path:
-    if cache:
-        return Path(cache).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home, "entrenar")
+def _cache_folder(cache: str) -> Path | None:
+    """None for "off", and where the user has no home."""
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache == "off" or not cache and user.startswith("~"):
+        return None
+    return Path(os.path.expanduser(cache) or os.path.join(user, "entrenar"))
 
 
 def _key(fingerprint: str, tokenizer: str, vocab_size: int, held_out: float) -> str:

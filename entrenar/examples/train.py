@@ -6,6 +6,10 @@ or SIGTERM (after finishing the step, saving, and writing sample and curve).
 
 from __future__ import annotations
 
+import io
+import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from entrenar import kernels, random
-from entrenar.data import CorpusError, Prepared, TokenizerError, prepare
+from entrenar.data import ByteTokenizer, CorpusError, Prepared, TokenizerError, load_tokenizer, prepare
 from entrenar.data.files import write_file
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.training import machine
+from entrenar.training.checkpoint import BEST, NEWEST
 from entrenar.training.config import Config, ConfigError, help_text, read_config, to_toml
 from entrenar.training.curve import Curve, render
 from entrenar.training.display import Display, Heading, HeldOut, clock, make_console, make_display, size
 from entrenar.training.trainer import Trainer, TrainingError, interruptible
 
 COMMAND = "python -m entrenar.examples.train"
+SMALLEST = ByteTokenizer.vocab_size  # no tokenizer has fewer tokens than the bytes and the end
 
 USAGE = f"""usage: {COMMAND} [--config FILE.toml] [--section.key VALUE ...]
 
@@ -42,6 +48,9 @@ Exit codes: 0 done, 1 training failed, 2 bad configuration or text, 130 stopped 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit code."""
     display: Display | None = None
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter the terminal lacks must not end a run
+            stream.reconfigure(errors="replace")
     try:
         asked = parse(sys.argv[1:] if arguments is None else arguments)
         if asked.help:
@@ -55,8 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(config, display)
     except (ConfigError, CorpusError, TokenizerError) as error:
         return _fail(display, str(error), 2)
-    except (TrainingError, MemoryError, OSError) as error:
-        return _fail(display, str(error) or type(error).__name__, 1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(display, f"{place}{error.strerror or error}", 1)
+    except (TrainingError, MemoryError) as error:
+        return _fail(display, str(error) or "out of memory", 1)
     except KeyboardInterrupt:
         return _fail(display, "stopped at once, nothing more was saved", 130)
 
@@ -74,6 +86,7 @@ class Arguments:
 def parse(words: Sequence[str]) -> Arguments:
     """Take `--name value` and `--name=value` apart. Raises ConfigError for a word that is neither."""
     found, problems, rest = Arguments(), [], list(words)
+    problems += [f"{word!r}: wanted UTF-8" for word in words if not _is_unicode(word)]
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
@@ -96,9 +109,14 @@ def parse(words: Sequence[str]) -> Arguments:
     return found
 
 
+def _is_unicode(word: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
+
+
 def train(config: Config, display: Display) -> int:
     """The whole job, from text to picture."""
     run = run_folder(config)
+    must_fit(config, config.llama(config.model["vocab_size"] or SMALLEST))  # before the text takes its time
     data = prepare(config.data.source, tokenizer=config.data.tokenizer, vocab_size=config.data.vocab_size,
                    held_out=config.data.held_out, cache=config.data.cache, say=display.doing)  # fmt: skip
     shape = config.llama(data.tokenizer.vocab_size, data.tokenizer.end_id)
@@ -108,12 +126,9 @@ def train(config: Config, display: Display) -> int:
     random.seed(config.training.seed)
     model = Llama(shape, checkpointing=config.training.activation_checkpointing)
     here = machine.look()
-    run.mkdir(parents=True, exist_ok=True)
-    again = replace(
-        config, checkpointing=replace(config.checkpointing, out="")
-    )  # another run, another folder
-    write_file(run / "config.toml", to_toml(again))
     trainer = Trainer(config, data, model, run, display, peak_flops=here.peak_flops)
+    again = replace(config, checkpointing=replace(config.checkpointing, out=""))  # another run, another folder
+    write_file(run / "config.toml", to_toml(again))
     about = Heading(
         f"a LLaMA of {shape.parameter_count():,} parameters learns {config.data.source}",
         introduction(config, data, shape, here, run),
@@ -133,17 +148,18 @@ def train(config: Config, display: Display) -> int:
 
 def finish(trainer: Trainer, about: Heading, here: machine.Machine) -> int:
     """Checkpoint, last look at the held-out text, sample and picture: also after Ctrl-C."""
-    stopped = trainer.stopping
-    if stopped:
-        trainer.display.note(f"{stopped}: stopping after step {trainer.step}; once more stops at once")
+    if trainer.stopping:
+        trainer.display.note(f"{trainer.stopping}: stopping after step {trainer.step}; once more stops at once")
     if trainer.step:
         trainer.save()
-    last = trainer.look(whole=not stopped)
+    last = trainer.look(whole=not trainer.stopping)
     trainer.display.doing("writing a sample")
     sample = trainer.sample() if trainer.config.training.sample_tokens else ""
     write_file(trainer.run / "sample.txt", sample + "\n")
     write_file(trainer.run / "curve.png", render(curve(trainer, here)))
+    stopped = trainer.stopping
     trainer.log("end", step=trainer.step, stopped=stopped, held_out_bits_per_byte=last.bits_per_byte)
+    trainer.display.doing("done")
     trainer.display.close()
     summarize(trainer, last, sample)
     return 130 if stopped else 0
@@ -152,33 +168,37 @@ def finish(trainer: Trainer, about: Heading, here: machine.Machine) -> int:
 def run_folder(config: Config) -> Path:
     """Where the run goes. Raises ConfigError rather than write into a folder that holds something."""
     if config.checkpointing.out:
-        run = Path(config.checkpointing.out).expanduser()
+        run = Path(os.path.expanduser(config.checkpointing.out))
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise ConfigError(
                 f"--out {run}: exists and is not an empty folder; name a new one, or move it away"
             )
-        return run
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    names = [stamp, *(f"{stamp}-{n}" for n in range(2, 1000))]
-    return next(run for name in names if not (run := Path("runs", name)).exists())
+    else:
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        names = [stamp, *(f"{stamp}-{n}" for n in range(2, 1000))]
+        run = next(run for name in names if not (run := Path("runs", name)).exists())
+    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {run}: cannot be made: {there} is no folder you can write into")
+    return run
 
 
 def must_fit(config: Config, shape: LlamaConfig) -> None:
-    """Raises ConfigError for a model whose weights and moments alone exceed this machine's memory."""
+    """Raises ConfigError for a model and a micro-batch that exceed this machine's memory."""
     t, limit = config.training, machine.memory_limit()
     need = shape.memory_estimate(t.batch_size, t.context)
-    if need.weights + need.gradients + need.optimizer > limit:
+    kept = need.activations if not t.activation_checkpointing else 0  # recomputed: much less than estimated
+    if need.total - need.activations + kept > limit:
         raise ConfigError(
-            f"this model needs about {size(need.total)} to be trained, this machine has {size(limit)}: "
-            f"choose a smaller [model]; --plan shows where the memory goes"
+            f"this run needs about {size(need.total)} to be trained, this machine has {size(limit)}: choose a "
+            "smaller [model], training.batch_size or context; --plan shows where the memory goes"
         )
 
 
 def plan(config: Config) -> str:
     """What a configuration costs, by arithmetic alone."""
     t = config.training
-    asked = config.model["vocab_size"]
-    vocab = asked or (257 if config.data.tokenizer == "bytes" else config.data.vocab_size)
+    vocab = config.model["vocab_size"] or expected_vocabulary(config)
     shape = config.llama(vocab)
     need = shape.memory_estimate(t.batch_size, t.context)
     flops = shape.flops_per_token(t.context)
@@ -208,6 +228,14 @@ def plan(config: Config) -> str:
         ),
     ]
     return "\n".join(f"{name:<24} {value}" for name, value in rows)
+
+
+def expected_vocabulary(config: Config) -> int:
+    """The tokenizer's size, before there is one; of a BPE the most it may have."""
+    name = config.data.tokenizer
+    if name == "bytes":
+        return SMALLEST
+    return config.data.vocab_size if name == "bpe" else load_tokenizer(os.path.expanduser(name)).vocab_size
 
 
 def introduction(
@@ -266,7 +294,7 @@ def summarize(trainer: Trainer, last: HeldOut, sample: str) -> None:
     say()
     say(f"trained {trainer.step:,} steps, {trainer.tokens_seen:,} tokens, in {clock(seconds)}", style="bold")
     rows = [("this model", last.bits_per_byte), ("gzip -9", facts.gzip_bits), ("xz -9", facts.xz_bits)]
-    say(f"bits per byte on held-out text, {part} of it it never saw:")
+    say(f"bits per byte on held-out text it never saw, {part}:")
     for name, bits in sorted(rows, key=lambda row: row[1]):
         say(f"  {name:<12} {bits:.4f}", style="bold green" if name == "this model" else "none")
     if sample:
@@ -288,8 +316,8 @@ def visible(text: str) -> str:
 
 FILES = (
     ("curve.png", "the picture of the loss"),
-    ("checkpoint", "weights, tokenizer, optimizer: transformers can load it"),
-    ("best", "the one with the lowest held-out loss on the way"),
+    (NEWEST, "weights, tokenizer, optimizer: transformers can load it"),
+    (BEST, "the one with the lowest held-out loss on the way"),
     ("sample.txt", "the sample above"),
     ("metrics.jsonl", "every number of every step"),
     ("config.toml", "this configuration, to run again or to change"),
@@ -298,18 +326,29 @@ FILES = (
 
 def next_commands(trainer: Trainer) -> list[str]:
     """Commands worth trying after this run."""
-    steps = trainer.config.training.steps
+    steps, source = trainer.config.training.steps, trainer.config.data.source
+    command = f"{interpreter()} -m entrenar.examples.train"
+    again = f"--config {shlex.quote(str(trainer.run / 'config.toml'))} --training.steps {2 * steps}"
     return [
-        f"{COMMAND} --data.source path/to/your/text  # a file, a folder, or a glob pattern",
-        f"{COMMAND} --config {trainer.run / 'config.toml'} --training.steps {2 * steps}",
-        f"{COMMAND} --help  # every option",
+        f"{command} --data.source path/to/your/text  # a file, a folder, or a glob pattern",
+        f"{command} {again}" + (" < the/same/text" if source == "-" else ""),
+        f"{command} --help  # every option",
     ]
+
+
+def interpreter() -> str:
+    """This Python as it can be typed here: `python` if that is it, else its path."""
+    found, this = shutil.which("python"), Path(sys.executable)
+    if found and Path(found).absolute() == this:
+        return "python"
+    return shlex.quote(str(this.relative_to(Path.cwd()) if this.is_relative_to(Path.cwd()) else this))
 
 
 def _short(source: str) -> str:
     if source == "stdlib:":
         return "Python's standard library"
-    return "standard input" if source == "-" else Path(source).name or source
+    name = "standard input" if source == "-" else Path(source).name or source
+    return name if len(name) <= 60 else name[:57] + "..."
 
 
 def _fail(display: Display | None, message: str, code: int) -> int:

@@ -33,6 +33,10 @@ class Info:
     why: str
 
 
+HOW = ("To get them, install gcc or clang and reinstall "
+       "(pip install --force-reinstall --no-cache-dir --no-deps entrenar)")
+
+
 def pick() -> tuple[ModuleType, str]:
     asked = os.environ.get("ENTRENAR_KERNELS", "").strip()
     if asked not in ("", "reference", "native"):
@@ -44,10 +48,9 @@ def pick() -> tuple[ModuleType, str]:
         return native, "ENTRENAR_KERNELS=native" if asked else "the C kernels are built"
     except ImportError as error:
         if asked == "native":
-            raise
+            raise ImportError(f"ENTRENAR_KERNELS=native, but its C kernels were not built ({error}). {HOW}") from None
         warnings.warn(
-            "entrenar runs on its NumPy reference, many times slower: its C kernels were not built. To get them, "
-            "install gcc or clang and reinstall (pip install --force-reinstall --no-cache-dir --no-deps entrenar); "
+            f"entrenar runs on its NumPy reference, many times slower: its C kernels were not built. {HOW}; "
             "to keep the reference silently, set ENTRENAR_KERNELS=reference", RuntimeWarning, stacklevel=3)
         return reference, f"no C kernels: {error}"
 
@@ -62,7 +65,7 @@ def available_isas() -> list[str]:
 
 
 def use_isa(name: str) -> None:
-    """Uses one instruction set from here on, in every thread; for tests and measurements."""
+    """Uses one instruction set from here on, in every thread; for tests and measurements, while no kernel runs."""
     if backend is reference:
         raise ValueError(f"instruction set {name!r} is not available: {why}")
     backend.use_isa(name)
@@ -73,7 +76,8 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Sets how many threads a kernel uses; results are the same bits for any number. The reference has NumPy's own."""
+    """Sets how many threads a kernel uses; results are the same bits for any number. The reference has NumPy's own,
+    a forked child has one whatever is asked for."""
     if n < 1:
         raise ValueError(f"set_num_threads: wanted 1 or more, got {n}")
     if backend is not reference:

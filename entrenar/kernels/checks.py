@@ -9,6 +9,8 @@ IndexError (indices out of range) with the kernel's name, what came and what was
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 
 
@@ -143,8 +145,14 @@ def embedding_backward(dy: np.ndarray, ids: np.ndarray, *, rows: int) -> np.ndar
 
 
 def adamw_step(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, *, step: int) -> None:
-    """p, g, m, v of one shape, and a step counted from 1."""
+    """p, g, m, v of one shape, the three that change writable, no two in the same memory; a step counted from 1."""
     same_shape("adamw_step", "p g m v", p, g, m, v)
+    for name, array in (("p", p), ("m", m), ("v", v)):
+        if not array.flags.writeable:
+            raise ValueError(f"adamw_step: {name} is read-only, but changes in place: pass a copy")
+    for (name, array), (other, its) in combinations((("p", p), ("g", g), ("m", m), ("v", v)), 2):
+        if np.may_share_memory(array, its) and np.shares_memory(array, its):
+            raise ValueError(f"adamw_step: {name} and {other} share memory, but three of p, g, m, v change: copy one")
     if step < 1:
         raise ValueError(f"adamw_step: steps are counted from 1, got {step}")
 

@@ -105,7 +105,8 @@ def available_isas() -> list[str]:
 
 
 def use_isa(name: str) -> None:
-    """Uses one instruction set from here on, in every thread; for tests and measurements."""
+    """Uses one instruction set from here on, in every thread; for tests and measurements. Not while another thread
+    runs kernels: scratch memory made for one instruction set may be too small for the next."""
     if name not in available_isas():
         raise ValueError(f"instruction set {name!r} is not available; this build on this machine has: "
                          f"{', '.join(available_isas())}")
@@ -119,15 +120,21 @@ def isa() -> str:
 def set_num_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"set_num_threads: wanted 1 or more, got {n}")
-    lib.ent_num_threads = int(n) if OPENMP else 1
+    lib.ent_num_threads = int(n) if OPENMP and not forked else 1
 
 
 def get_num_threads() -> int:
     return lib.ent_num_threads
 
 
-def one_thread() -> None:
+def stay_on_one_thread() -> None:
+    """In a forked child: libgomp's threads did not survive the fork, and whoever asks for them waits for ever."""
+    global forked
+    forked = True
     lib.ent_num_threads = 1
+
+
+forked = False
 
 
 def start() -> None:
@@ -137,8 +144,7 @@ def start() -> None:
     except ValueError as error:
         raise ValueError(f"ENTRENAR_ISA: {error}") from None
     set_num_threads(default_num_threads())
-    # libgomp's threads do not survive a fork, and a child that asks for them waits for ever.
-    os.register_at_fork(after_in_child=one_thread)
+    os.register_at_fork(after_in_child=stay_on_one_thread)
 
 
 start()
@@ -197,8 +203,9 @@ def matmul(a: Array, b: Array) -> Array:
             a, a_group = group_stride(a, batch)
             b, b_group = group_stride(b, batch)
             (_, a_row, a_col), (_, b_row, b_col) = matrices(a), matrices(b)
-    work = scratch(lib.ent_matmul_scratch(lib.ent_num_threads))
-    lib.ent_matmul(at(c), at_strided(a), at_strided(b), work, count, m, n, k,
+    threads = lib.ent_num_threads
+    work = scratch(lib.ent_matmul_scratch(threads))
+    lib.ent_matmul(at(c), at_strided(a), at_strided(b), work, threads, count, m, n, k,
                    a_group, a_row, a_col, b_group, b_row, b_col)
     return c
 
@@ -380,8 +387,8 @@ def sum_of_squares(x: Array) -> float:
     if not float32(x):
         return reference.sum_of_squares(x)
     x = floats(x)
-    partial = ffi.cast("double *", scratch(2 * (x.size // 4096 + 1)))
-    return lib.ent_sum_of_squares(at(x), x.size, partial)
+    work = scratch(2 * (x.size // 4096 + 1))  # named: the cast pointer does not keep it alive
+    return lib.ent_sum_of_squares(at(x), x.size, ffi.cast("double *", work))
 
 
 # ---- attention, linear_cross_entropy --------------------------------------------------------------------------------
@@ -399,9 +406,9 @@ def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Ar
         return reference.attention_forward(q, k, v, scale=scale)
     (B, T, H, D), (S, KH) = q.shape, k.shape[1:3]
     q, k, v = strided(q), strided(k), strided(v)
-    o, lse = empty(B, T, H, D), empty(B, H, T)
-    work = scratch(lib.ent_attention_forward_scratch(get_num_threads(), B, T, S, H, KH, D))
-    lib.ent_attention_forward(at(o), at(lse), at_strided(q), at_strided(k), at_strided(v), work, scale,
+    o, lse, threads = empty(B, T, H, D), empty(B, H, T), lib.ent_num_threads
+    work = scratch(lib.ent_attention_forward_scratch(threads, B, T, S, H, KH, D))
+    lib.ent_attention_forward(at(o), at(lse), at_strided(q), at_strided(k), at_strided(v), work, threads, scale,
                               B, T, S, H, KH, D, head_strides(q, k, v))
     return o, lse
 
@@ -416,9 +423,10 @@ def attention_backward(
     do, o, lse = floats(do), floats(o), floats(lse)
     q, k, v = strided(q), strided(k), strided(v)
     dq, dk, dv = empty(B, T, H, D), empty(B, S, KH, D), empty(B, S, KH, D)
-    work = scratch(lib.ent_attention_backward_scratch(get_num_threads(), B, T, S, H, KH, D))
+    threads = lib.ent_num_threads
+    work = scratch(lib.ent_attention_backward_scratch(threads, B, T, S, H, KH, D))
     lib.ent_attention_backward(at(dq), at(dk), at(dv), at(do), at_strided(q), at_strided(k), at_strided(v), at(o),
-                               at(lse), work, scale, B, T, S, H, KH, D, head_strides(q, k, v))
+                               at(lse), work, threads, scale, B, T, S, H, KH, D, head_strides(q, k, v))
     return dq, dk, dv
 
 
@@ -429,7 +437,7 @@ def linear_cross_entropy(
     if not float32(x, w):
         return reference.linear_cross_entropy(
             x, w, targets, ignore_index=ignore_index, scale=scale, need_dx=need_dx, need_dw=need_dw)
-    x, w, targets = floats(x), floats(w), np.ascontiguousarray(targets)
+    x, w, targets = floats(x), floats(w), ints(targets)
     trained = np.flatnonzero(targets != ignore_index)
     N, C, V = len(trained), x.shape[1], w.shape[0]
 
@@ -438,11 +446,11 @@ def linear_cross_entropy(
     dx = make(x.shape, F32) if need_dx else None
     dw = (np.empty if N else np.zeros)(w.shape, F32) if need_dw else None
     if N:
-        chunk = linear_cross_entropy_chunk(N, V)
-        work = scratch(lib.ent_linear_cross_entropy_scratch(get_num_threads(), chunk, C, V))
+        chunk, threads = linear_cross_entropy_chunk(N, V), lib.ent_num_threads
+        work = scratch(lib.ent_linear_cross_entropy_scratch(threads, chunk, C, V))
         lib.ent_linear_cross_entropy(
             at(losses), ffi.NULL if dx is None else at(dx), ffi.NULL if dw is None else at(dw), at(x), at(w),
-            at_ints(targets), at_ints(trained), work, scale, N, C, V, chunk)
+            at_ints(targets), at_ints(trained), work, threads, scale, N, C, V, chunk)
     return losses, dx, dw
 
 
@@ -453,7 +461,6 @@ def linear_cross_entropy_chunk(N: int, V: int) -> int:
     return -(-N // -(-N // most))
 
 
-
 # ---- the machine ----------------------------------------------------------------------------------------------------
 def fma_peak(seconds: float = 0.1) -> float:
     """FLOP/s of fused multiply-adds on registers, all threads together: what 100 % of peak means here."""
@@ -462,7 +469,7 @@ def fma_peak(seconds: float = 0.1) -> float:
     end = time.perf_counter() + seconds
     while True:
         started = time.perf_counter()
-        flops = lib.ent_fma_peak(sink, rounds) * threads
+        flops = lib.ent_fma_peak(sink, threads, rounds) * threads
         now = time.perf_counter()
         best = max(best, flops / (now - started))
         if now >= end:

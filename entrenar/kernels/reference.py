@@ -445,7 +445,7 @@ def sum_of_squares(x: Array) -> float:
 # -- the machine
 
 
-def fma_peak(seconds: float) -> float:
+def fma_peak(seconds: float = 0.1) -> float:
     """FLOP/s of np.matmul on 512 x 512 float32, best of as many runs as fit in `seconds`.
 
     The C kernel counts bare multiply-adds; without it, NumPy's matrix product is the best the process can do.

@@ -46,7 +46,10 @@ def rope_tables(config: LlamaConfig, length: int, dtype: Any = np.float32) -> tu
 
 
 class KVCache:
-    """The keys and values of the tokens already read, per layer: (B, capacity, KH, D) each, filled from the left."""
+    """The keys and values of the tokens already read, per layer: (B, capacity, KH, D) each, filled from the left.
+
+    Plain arrays, for generation: no gradient flows through them.
+    """
 
     def __init__(self, config: LlamaConfig, *, batch: int = 1, capacity: int | None = None,
                  dtype: Any = np.float32) -> None:  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from entrenar import random
-from entrenar.tensor import Op, Tensor, is_recording
+from entrenar.tensor import Op, Tensor, is_recording, recorded
 
 
 class Checkpoint(Op):
@@ -24,7 +24,8 @@ class Checkpoint(Op):
         now = random.get_state()
         random.set_state(state)  # the same dropout masks as the first time
         try:
-            return fn(*[_standing_at(edge, x) for edge, x in zip(self.edges or (), inputs, strict=True)])
+            with recorded():
+                return fn(*[_standing_at(edge, x) for edge, x in zip(self.edges or (), inputs, strict=True)])
         finally:
             random.set_state(now)
 

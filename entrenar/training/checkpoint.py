@@ -60,12 +60,10 @@ def save_checkpoint(folder: str | Path, *, model: Llama, tokenizer: Tokenizer, s
     Raises FileExistsError where the folder is there and not empty, OSError where the disk refuses; in both
     cases nothing is left behind.
     """
-    from safetensors.numpy import save_file
-
     with new_folder(folder) as temporary:
-        save_file(_contiguous(model.state_dict()), temporary / "model.safetensors", metadata={"format": "pt"})
+        _save(model.state_dict(), temporary / "model.safetensors", metadata={"format": "pt"})
         if optimizer is not None:
-            save_file(_contiguous(optimizer.state_dict()), temporary / "optimizer.safetensors")
+            _save(optimizer.state_dict(), temporary / "optimizer.safetensors")
         (temporary / "config.json").write_text(_json(model.config.to_dict()), encoding="utf-8")
         tokenizer.save(temporary)
         files = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
@@ -129,9 +127,16 @@ def saved_steps(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def _contiguous(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _save(arrays: dict[str, np.ndarray], file: Path, metadata: dict[str, str] | None = None) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     # save_file writes the memory as it lies: a transposed view would be stored scrambled
-    return {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    whole = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    try:
+        save_file(whole, file, metadata=metadata)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"cannot write {file.name}: {error}") from error
 
 
 def _hash(path: Path) -> str:

@@ -42,12 +42,12 @@ def option(
 # The [model] of the default run, where it differs from LlamaConfig's defaults (which are the 7B LLaMA's).
 MODEL = {
     "vocab_size": None,
-    "hidden_size": 192,
-    "intermediate_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
+    "initializer_range": 0.06,
     "bos_token_id": None,
     "eos_token_id": None,
 }
@@ -78,10 +78,10 @@ MODEL_HELP = {
 class Training:
     """How long, on what batches, and how the weights move."""
 
-    steps: int = option(1200, "updates of the weights", low=1)
-    batch_size: int = option(16, "windows per micro-batch", low=1)
+    steps: int = option(1600, "updates of the weights", low=1)
+    batch_size: int = option(8, "windows per micro-batch", low=1)
     accumulation: int = option(1, "micro-batches per update: their tokens count as one big batch", low=1)
-    context: int = option(256, "tokens per window", low=1)
+    context: int = option(128, "tokens per window", low=2)
     beta1: float = option(0.9, "AdamW: memory of the mean gradient", low=0, below=1)
     beta2: float = option(0.99, "AdamW: memory of its square", low=0, below=1)
     eps: float = option(1e-8, "AdamW: added to the root of the square", above=0)
@@ -114,7 +114,7 @@ class LearningRate:
     """The learning rate over the steps."""
 
     schedule: str = option("cosine", "how it falls after the warmup", choices=SCHEDULES)
-    learning_rate: float = option(3e-3, "its peak", above=0)
+    learning_rate: float = option(4e-3, "its peak", above=0)
     warmup_steps: int = option(60, "steps of a straight rise at the start", low=0)
     min_ratio: float = option(0.05, "the last learning rate, as a share of the peak", low=0, high=1)
     decay_steps: int = option(240, "wsd alone: steps of the fall at the end", low=0)
@@ -317,7 +317,7 @@ def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, s
     problems: list[str] = []
     settings = _from_file(Path(file), problems) if file is not None else []
     for name, value in overrides:
-        section, _, key = name.partition(".")
+        section, _, key = name.partition(".") if "." in name else ("", "", name)
         settings.append(Setting(f"--{name} {value}", section, key, value, is_text=True))
 
     config, places, known = Config(), {}, {o.full_name: o for o in options()}

@@ -84,9 +84,10 @@ class PlainLines:
     """`step=10/1200 loss=5.1234 ...`: the first step, the last, and every `report_every`-th."""
 
     def __init__(self, stream: TextIO, *, report_every: int) -> None:
-        self.stream, self.report_every = stream, report_every
+        self.stream, self.report_every, self.started = stream, report_every, False
 
     def start(self, heading: Heading) -> None:
+        self.started = True
         for line in (heading.title, *heading.lines):
             self._write(f"# {line}")
 
@@ -112,7 +113,8 @@ class PlainLines:
         self._write(f"# {text}")
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
-        pass
+        if not self.started:  # afterwards the reports tell
+            self._write(f"# {what}")
 
     def close(self) -> None:
         pass
@@ -135,7 +137,6 @@ class LivePanel:
         self.heading: Heading | None = None
         self.report: Report | None = None
         self.seen: HeldOut | None = None
-        self.first_seen: HeldOut | None = None
         self.task = "starting"
         self.losses: list[float] = []
         self.live: Any = None

@@ -26,7 +26,7 @@ from entrenar.data import IGNORE, Batches, Prepared, batched, bits_per_byte, eva
 from entrenar.llama import Llama, generate
 from entrenar.tensor import no_grad
 from entrenar.training import machine
-from entrenar.training.checkpoint import save_step
+from entrenar.training.checkpoint import NEWEST, save_step
 from entrenar.training.config import Config
 from entrenar.training.display import Display, HeldOut, Report
 
@@ -54,7 +54,10 @@ def accumulate_gradients(model: Llama, micro_batches: Sequence[Batch]) -> tuple[
 
 @dataclass
 class Trainer:
-    """One run of one model over one prepared corpus, into one folder."""
+    """One run of one model over one prepared corpus, into one folder, which it makes.
+
+    Raises CorpusError, before it makes the folder, where the text is too short for one window.
+    """
 
     config: Config
     data: Prepared
@@ -65,6 +68,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         t, lr = self.config.training, self.config.lr_schedule
+        self.batches = Batches(self.data.train, batch_size=t.batch_size, context=t.context, seed=t.seed)
         self.optimizer = optim.AdamW(
             self.model.named_parameters(),
             lr=lr.learning_rate,
@@ -72,7 +76,6 @@ class Trainer:
             eps=t.eps,
             weight_decay=t.weight_decay,
         )
-        self.batches = Batches(self.data.train, batch_size=t.batch_size, context=t.context, seed=t.seed)
         self.step = 0
         self.tokens_seen = 0
         self.stopping = ""  # why, once something asked for an end
@@ -81,6 +84,7 @@ class Trainer:
         self.looks: list[HeldOut] = []
         self.began = time.perf_counter()
         self.busy = 0.0  # seconds in steps alone, smoothed, per step
+        self.run.mkdir(parents=True, exist_ok=True)
         self.metrics: TextIO = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
 
     def train(self) -> None:
@@ -121,7 +125,10 @@ class Trainer:
 
     @no_grad()
     def look(self, *, whole: bool = False) -> HeldOut:
-        """The loss on held-out text: a fixed sample of its windows, or all of them. A new best is saved."""
+        """The loss on held-out text: a fixed sample of its windows, or all of them. A new best is saved.
+
+        A `stop` that comes while all of them are read makes do with the sample.
+        """
         t, start = self.config.training, time.perf_counter()
         stride = max(1, round(t.context * (1 - t.eval_overlap)))
         count = -(-len(self.data.held_out) // stride)
@@ -136,6 +143,8 @@ class Trainer:
             counted = targets[targets != IGNORE]
             tokens, size = tokens + len(counted), size + int(lengths[counted].sum())
             self.display.doing("reading held-out text", tokens, len(self.data.held_out) // every)
+            if whole and self.stopping:
+                return self.look()
         self.model.train()
 
         seen = HeldOut(self.step, nats / max(1, tokens), bits_per_byte(nats, max(1, size)), tokens, size,
@@ -197,20 +206,23 @@ class Trainer:
         return bits_per_byte(loss * facts.train_tokens, facts.train_bytes)
 
     def log(self, event: str, **values: Any) -> None:
-        """One line of metrics.jsonl."""
-        self.metrics.write(json.dumps({"event": event, **values}) + "\n")
-        self.metrics.flush()
+        """One line of metrics.jsonl. Raises OSError, with the file's name, where the disk refuses it."""
+        try:
+            self.metrics.write(json.dumps({"event": event, **values}) + "\n")
+            self.metrics.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.metrics.name) from error
 
     def close(self) -> None:
-        self.metrics.close()
+        with contextlib.suppress(OSError):  # of what `log` could not write, and said so
+            self.metrics.close()
 
     def _report(self, loss: float, norm: float, lr: float, tokens: int, seconds: float) -> None:
         c = self.config.training
         self.tokens_seen += tokens
-        self.busy = (
-            seconds if self.step <= 2 else 0.95 * self.busy + 0.05 * seconds
-        )  # the first step is a slow one
-        rate = tokens / self.busy
+        slow = self.step <= 2  # the first step is slower than all others: the second forgets it
+        self.busy = seconds if slow else 0.95 * self.busy + 0.05 * seconds
+        rate, memory = tokens / self.busy, machine.memory_used()
         report = Report(
             step=self.step,
             steps=c.steps,
@@ -221,8 +233,8 @@ class Trainer:
             tokens=self.tokens_seen,
             tokens_per_second=rate,
             peak_share=rate * self.model.config.flops_per_token(c.context) / self.peak_flops,
-            memory=machine.memory_used(),
-            memory_peak=machine.memory_peak(),
+            memory=memory,
+            memory_peak=max(memory, machine.memory_peak()),  # the system's count of the peak lags behind
             seconds=time.perf_counter() - self.began,
             seconds_left=self._seconds_left(),
         )
@@ -231,10 +243,14 @@ class Trainer:
         self.display.step(report)
 
     def _seconds_left(self) -> float:
+        """Of the steps and the looks to come, the last one at everything; of looks once there was one."""
         c = self.config.training
-        left = c.steps - self.step
-        looks = left // c.eval_every if c.eval_every else 0
-        return left * self.busy + looks * (self.looks[-1].seconds if self.looks else 0.0)
+        steps = (c.steps - self.step) * self.busy
+        if not self.looks:
+            return steps
+        looks = c.steps // c.eval_every - self.step // c.eval_every if c.eval_every else 0
+        sample, held_out_tokens = self.looks[-1], self.data.facts.held_out_tokens
+        return steps + sample.seconds * (looks + held_out_tokens / max(1, sample.tokens))
 
     def _must_be_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -245,9 +261,9 @@ class Trainer:
             else f"the gradient's norm is {norm} (loss {loss:.4f})"
         )
         kept = (
-            f"the last checkpoint is {self.run / 'checkpoint'}"
-            if (self.run / "checkpoint").exists()
-            else ("no checkpoint was written yet (--checkpointing.every)")
+            f"the last checkpoint is {self.run / NEWEST}"
+            if (self.run / NEWEST).exists()
+            else "no checkpoint was written yet (--checkpointing.every)"
         )
         self.log("error", step=self.step + 1, loss=str(loss), grad_norm=str(norm))
         raise TrainingError(
