@@ -100,9 +100,9 @@ class Training:
         0.5, "share of each held-out window that was read before: context for the rest", low=0, below=1
     )
     sample_tokens: int = option(200, "longest sample written at the end; 0: none", low=0)
-    sample_prompt: str = option("", "what the sample continues; empty: the beginning of a document")
+    sample_prompt: str = option("", "what the sample continues; empty: the first line of the held-out text")
     sample_temperature: float = option(
-        0.8, "0: always the most probable token; 1: as the model has it", low=0
+        0.7, "0: always the most probable token; 1: as the model has it", low=0
     )
     sample_top_p: float = option(
         0.95, "only the likeliest tokens that together have this probability", above=0, high=1

@@ -185,9 +185,10 @@ class Trainer:
         }
 
     def sample(self) -> str:
-        """What the model writes after the prompt, or at the beginning of a document."""
+        """What the model writes after the prompt, or after the first line of the held-out text."""
         t, tokenizer = self.config.training, self.data.tokenizer
-        ids = [tokenizer.end_id, *tokenizer.encode(t.sample_prompt).tolist()]
+        prompt = t.sample_prompt or tokenizer.decode(self.data.held_out[:64]).partition("\n")[0] + "\n"
+        ids = [tokenizer.end_id, *tokenizer.encode(prompt).tolist()]
         ids = ids[: self.model.config.max_position_embeddings - 1]
         written = generate(
             self.model,
@@ -198,7 +199,7 @@ class Trainer:
             rng=np.random.default_rng(t.seed),
             stop=(tokenizer.end_id,),
         )
-        return t.sample_prompt + tokenizer.decode(token for token in written if token != tokenizer.end_id)
+        return prompt + tokenizer.decode(token for token in written if token != tokenizer.end_id)
 
     def bits(self, loss: float) -> float:
         """A training loss in nats per token as bits per byte, by the training text's bytes per token."""
