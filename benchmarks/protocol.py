@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 SHORT = 0.002  # seconds: a sample lasts at least so long, or the clock and the loop are what is measured
 LONG = 0.05  # a case that takes longer needs no run to warm up
+WARM = 0.1  # seconds of warming up: threads that wake up may share a core until the scheduler has spread them
 
 
 class WorkerError(RuntimeError):
@@ -78,8 +79,9 @@ class Server:
 
     def time(self, seconds: float) -> list[float]:
         """Seconds per run, sampled for about `seconds`, at least once."""
-        if self.last < LONG:
-            self.last = self.sample(1)  # threads wake up, caches fill
+        warm = time.perf_counter() + (WARM if self.last < LONG else 0)
+        while time.perf_counter() < warm:  # threads wake up and spread, caches fill
+            self.last = self.sample(1)
         runs = max(1, round(SHORT / max(self.last, 1e-9)))
         times: list[float] = []
         end = time.perf_counter() + seconds

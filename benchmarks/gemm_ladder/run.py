@@ -1,7 +1,7 @@
 """Climbs the ladder of docs/kernels.md: compiles ladder.c with the local compiler, checks every rung against NumPy,
 and prints what each reaches, on one thread, beside entrenar's own kernel and the processor's peak.
 
-    python benchmarks/gemm_ladder/run.py [--size 960] [--json FILE]
+    python benchmarks/gemm_ladder/run.py [--size 1536] [--json FILE]
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=960, help="n of the n x n matrices, a multiple of 96")
+    parser.add_argument("--size", type=int, default=1536, help="n of the n x n matrices, a multiple of 96")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     options = parser.parse_args()
     if options.size < 96 or options.size % 96:

@@ -70,7 +70,7 @@ def read(path: Path) -> str:
         return ""
 
 
-SHORT_WAIT = {"GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "0"}  # gcc's OpenMP: turns of a loop; clang's: milliseconds
+SHORT_WAIT = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}  # gcc's OpenMP: turns of a loop; clang's: milliseconds
 
 
 @contextlib.contextmanager
