@@ -4,6 +4,7 @@ name.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
@@ -51,3 +52,9 @@ def isa(request, native):
     native.use_isa(request.param)
     yield request.param
     native.use_isa(before)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no collection of garbage needs to look at it again."""
+    gc.collect()
+    gc.freeze()

@@ -123,6 +123,7 @@ def test_fingerprints_forgive_rounding_and_layout():
 # -- contenders in processes of their own
 
 
+@pytest.mark.tier3
 def test_contenders_take_turns_and_the_slower_one_is_found(bench):
     times = bench.race("group", ["quick", "slow"], seconds=0.01)
     assert [len(times.seconds[name]) for name in ("quick", "slow")] == [3, 3]

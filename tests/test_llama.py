@@ -43,7 +43,7 @@ def batch(vocab=19, shape=(2, 7)):
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
 def test_every_gradient_of_a_whole_llama(changes):
     model, (ids, targets) = small(**changes), batch()
-    gradcheck(lambda *_: model.loss(ids, targets), *model.parameters(), samples=6, stencil=5)
+    gradcheck(lambda *_: model.loss(ids, targets), *model.parameters(), samples=3, stencil=5)
 
 
 @pytest.mark.tier1

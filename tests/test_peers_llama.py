@@ -1,5 +1,7 @@
 """A whole model against transformers' LlamaForCausalLM: same weights, same loss, same gradients."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -26,7 +28,8 @@ MODELS = {
 
 def both(changes, dtype):
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE, **changes, attn_implementation="eager"))
+    config = transformers.LlamaConfig(**BASE, **copy.deepcopy(changes), attn_implementation="eager")
+    theirs = transformers.LlamaForCausalLM(config)
     theirs = theirs.to(getattr(torch, dtype))
     with torch.no_grad():
         for parameter in theirs.parameters():  # norms and biases too: nothing may hide behind ones and zeros

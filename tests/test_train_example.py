@@ -105,6 +105,7 @@ def test_a_small_run_from_text_to_picture(place):
     assert (out / "best").exists() and (out / "sample.txt").exists()
 
 
+@pytest.mark.tier3
 def test_the_second_run_takes_prepared_data_and_the_saved_configuration(place, capsys):
     code, output, _ = here(capsys, "--out", "one", "--data.tokenizer", "bpe", "--data.vocab_size", "300")
     assert code == 0
@@ -116,6 +117,7 @@ def test_the_second_run_takes_prepared_data_and_the_saved_configuration(place, c
     assert last[0] == last[1]
 
 
+@pytest.mark.tier3
 def test_with_no_out_a_run_is_named_by_date_and_time(place, capsys):
     assert here(capsys, "--training.steps", "2")[0] == 0
     (made,) = (place / "runs").iterdir()
@@ -168,6 +170,7 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_text_is_read(place
     assert code == 2 and f"--out {out}: " in errors and output == ""
 
 
+@pytest.mark.tier3
 def test_letters_the_terminal_lacks_do_not_end_a_run(place, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     (place / "é.txt").write_text("çà et là\n" * 50)
@@ -228,6 +231,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_the_text_is_read(place, capsy
     assert code == 2 and "batch_size" in errors and output == ""
 
 
+@pytest.mark.tier3
 def test_the_next_commands_can_be_typed(place, capsys, monkeypatch):
     assert here(capsys, "--out", "my run", "--training.steps", "2")[0] == 0  # a space to be quoted
     monkeypatch.setattr("sys.executable", str(place / ".venv/bin/python"))
