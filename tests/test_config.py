@@ -169,3 +169,15 @@ def test_no_two_options_share_a_name_but_the_two_vocabularies():
     names = [o.name for o in options()]
     assert {name for name in names if names.count(name) > 1} == {"vocab_size"}
     assert set(SECTIONS) == {"model", "training", "lr_schedule", "data", "checkpointing"}
+
+
+def test_warmup_and_decay_follow_the_number_of_steps_unless_given():
+    short, long = read_config(None, [("training.steps", "50")]), read_config(None, [("training.steps", "5000")])
+    for config in (short, long):
+        steps = config.training.steps
+        shares = [config.lr_schedule.share(step, steps) for step in range(steps)]
+        assert shares[steps // 25 - 1] == 1 and max(shares) == 1 and shares[0] == 1 / (steps // 25)
+    wsd = read_config(None, [("lr_schedule.schedule", "wsd"), ("training.steps", "100")]).lr_schedule
+    assert wsd.share(79, 100) == 1 > wsd.share(80, 100)
+    with pytest.raises(ConfigError, match="wanted at most training.steps = 50"):
+        read_config(None, [("training.steps", "50"), ("lr_schedule.warmup_steps", "51")])

@@ -150,8 +150,7 @@ def test_every_step_and_look_is_in_metrics(make):
     } <= steps[0].keys()
     lr = t.config.lr_schedule
     shares = [
-        optim.schedule(lr.schedule, s, total_steps=6, warmup_steps=2, min_ratio=lr.min_ratio,
-                       decay_steps=lr.decay_steps) for s in range(6)
+        optim.schedule(lr.schedule, s, total_steps=6, warmup_steps=2, min_ratio=lr.min_ratio) for s in range(6)
     ]  # fmt: skip
     rates = [lr.learning_rate * share for share in shares]
     assert [e["learning_rate"] for e in steps] == pytest.approx(rates)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar.llama.config import LlamaConfig
-from entrenar.optim import SCHEDULES
+from entrenar.optim import SCHEDULES, schedule
 
 
 def option(
@@ -115,9 +115,20 @@ class LearningRate:
 
     schedule: str = option("cosine", "how it falls after the warmup", choices=SCHEDULES)
     learning_rate: float = option(4e-3, "its peak", above=0)
-    warmup_steps: int = option(60, "steps of a straight rise at the start", low=0)
+    warmup_steps: int | None = option(None, "steps of a straight rise at the start; none: a 25th of all", low=0)
     min_ratio: float = option(0.05, "the last learning rate, as a share of the peak", low=0, high=1)
-    decay_steps: int = option(240, "wsd alone: steps of the fall at the end", low=0)
+    decay_steps: int | None = option(None, "wsd alone: steps of the fall at the end; none: a fifth of all", low=0)
+
+    def share(self, step: int, steps: int) -> float:
+        """The learning rate at `step` of `steps`, as a share of its peak."""
+        return schedule(
+            self.schedule,
+            step,
+            total_steps=steps,
+            warmup_steps=steps // 25 if self.warmup_steps is None else self.warmup_steps,
+            min_ratio=self.min_ratio,
+            decay_steps=steps // 5 if self.decay_steps is None else self.decay_steps,
+        )
 
 
 @dataclass
@@ -422,10 +433,10 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> list[str]:
         name = message.split()[0].rstrip(":,=")
         where = places.get(f"model.{name}")
         problems.append(f"{where}: {message}" if where else str(error))
-    if lr.warmup_steps > t.steps:
+    room = t.steps - (lr.warmup_steps or 0)
+    if room < 0:
         problems.append(f"{at('lr_schedule.warmup_steps')}: wanted at most training.steps = {t.steps}")
-    if lr.schedule == "wsd" and lr.decay_steps + lr.warmup_steps > t.steps:
-        room = t.steps - lr.warmup_steps
+    if lr.schedule == "wsd" and (lr.decay_steps or 0) > room:
         problems.append(f"{at('lr_schedule.decay_steps')}: wanted at most {room}, the steps after the warmup")
     return problems
 

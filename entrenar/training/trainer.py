@@ -109,15 +109,7 @@ class Trainer:
     def learning_rate(self) -> float:
         """Of the step that is being made."""
         s = self.config.lr_schedule
-        share = optim.schedule(
-            s.schedule,
-            self.step,
-            total_steps=self.config.training.steps,
-            warmup_steps=s.warmup_steps,
-            min_ratio=s.min_ratio,
-            decay_steps=s.decay_steps,
-        )
-        return s.learning_rate * share
+        return s.learning_rate * s.share(self.step, self.config.training.steps)
 
     def stop(self, why: str) -> None:
         """End after the step that is being made."""
