@@ -19,6 +19,8 @@
 #include "optimizer.c.inc"
 
 // ---- attention and the fused loss: they use the kernels above ----
+#include "attention_block.c.inc"
+#include "attention_few.c.inc"
 #include "attention.c.inc"
 #include "linear_cross_entropy.c.inc"
 
