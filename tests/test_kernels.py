@@ -338,7 +338,7 @@ def test_no_kernel_reads_outside_its_inputs(isa):
 @pytest.mark.parametrize("side", ["overrun", "underrun"])
 def test_a_read_outside_a_guarded_array_dies(side):
     done = guard(side)
-    assert done.returncode not in (0, 1), "a crash, or a sanitizer's report of one: no Python error"
+    assert done.returncode < 0 or done.returncode == 99, "a signal, or a sanitizer's own exit code: no Python error"
     assert done.stdout == "touching\n"
 
 
