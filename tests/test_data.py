@@ -28,7 +28,7 @@ from entrenar.data import (
 from entrenar.data import corpus as corpus_module
 from entrenar.data import tokenizer as tokenizer_module
 from entrenar.data.corpus import is_held_out
-from entrenar.data.files import new_folder, write_file
+from entrenar.files import new_folder, write_file
 
 LINES = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200))
 

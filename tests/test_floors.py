@@ -18,22 +18,26 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("_kernels",),  # compiled from csrc/
     ("kernels",),
-    ("tensor", "random", "state"),
+    ("tensor", "random", "state", "files"),
     ("ops",),
     ("gradcheck",),
     ("nn",),
     ("optim",),
+    ("formats",),
     ("llama",),
     ("data",),
-    ("formats",),
+    ("convert",),
+    ("observe",),
     ("training",),
-    ("examples", "cli"),
+    ("cli",),
+    ("examples", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 NEVER = {("data", "llama")}  # tokens do not know who reads them
 
-ENGINE = {"_kernels", "kernels", "tensor", "random", "state", "ops", "gradcheck", "nn", "optim", "llama"}
-LATE = {"tokenizers", "rich", "PIL", "safetensors", "ml_dtypes"}  # slow to import: at the point of use only
+ENGINE = {"_kernels", "kernels", "tensor", "random", "state", "files", "ops", "gradcheck", "nn", "optim", "llama"}
+# slow to import: at the point of use only
+LATE = {"tokenizers", "rich", "PIL", "safetensors", "ml_dtypes", "backports", "pyarrow", "shtab"}
 ELSEWHERE = {"numpy", *LATE}  # what a file may import that is neither Python's nor ours
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from entrenar.data.corpus import Sources, find_sources, read_corpus
-from entrenar.data.files import new_folder
+from entrenar.files import new_folder
 from entrenar.data.tokenizer import (
     FILE,
     ByteTokenizer,

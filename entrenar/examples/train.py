@@ -19,7 +19,7 @@ from typing import Any
 
 from entrenar import kernels, random
 from entrenar.data import ByteTokenizer, CorpusError, Prepared, TokenizerError, load_tokenizer, prepare
-from entrenar.data.files import write_file
+from entrenar.files import write_file
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.training import machine
 from entrenar.training.checkpoint import BEST, NEWEST

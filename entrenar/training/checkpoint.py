@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from entrenar.data import Tokenizer, load_tokenizer
-from entrenar.data.files import new_folder, point_link
+from entrenar.files import new_folder, point_link
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.optim import AdamW
 

@@ -157,7 +157,7 @@ class Trainer:
             self.run,
             self.step,
             best=best,
-            keep=self.config.checkpointing.keep,
+            keep=self.config.checkpointing.keep_last_n,
             model=self.model,
             tokenizer=self.data.tokenizer,
             optimizer=self.optimizer,
