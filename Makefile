@@ -16,7 +16,7 @@ help: ## what there is
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 train: .venv/.ready ## train a LLaMA on real text, within three minutes; ARGS="--section.key value" to change it
-	@$(RUN) -m entrenar.examples.train $(ARGS)
+	@$(RUN) -m entrenar train $(ARGS)
 
 test: tier3 ## every test that needs no other project's code
 
@@ -82,7 +82,7 @@ endef
 	@.venv-peers/bin/python $(PIP) install 'torch==$(TORCH)+cpu' 2>/dev/null \
 	    || .venv-peers/bin/python $(PIP) install 'torch==$(TORCH)+cpu' --index-url https://download.pytorch.org/whl/cpu \
 	    || .venv-peers/bin/python $(PIP) install 'torch==$(TORCH)'
-	@.venv-peers/bin/python $(PIP) install transformers -e '.[test]'
+	@.venv-peers/bin/python $(PIP) install transformers gguf sentencepiece -e '.[test]'
 	@touch $@
 
 # Built from a copy: the objects of the everyday build are not these.

@@ -14,8 +14,7 @@ from entrenar import kernels, nn, ops, optim, random
 from entrenar.gradcheck import GradcheckError, gradcheck
 from entrenar.ops import checkpoint
 from entrenar.tensor import Op, Tensor, no_grad
-
-__version__ = "0.1.0"
+from entrenar.version import __version__ as __version__
 
 __all__ = [
     "GradcheckError", "Op", "Tensor", "checkpoint", "gradcheck", "kernels", "nn", "no_grad", "ops", "optim", "random",

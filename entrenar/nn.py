@@ -7,6 +7,8 @@ Leaves out: everything that knows what a LLaMA is (`entrenar/llama`), and how pa
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from entrenar import ops, random
 from entrenar.state import check_fits
-from entrenar.tensor import Tensor
+from entrenar.tensor import Tensor, current_watcher
 
 
 class Module:
@@ -26,6 +28,9 @@ class Module:
     training = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (watcher := current_watcher()) is not None:
+            with watcher.inside(self):
+                return self.forward(*args, **kwargs)
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,10 +94,40 @@ class Module:
             tensor.data[...] = state[name]
 
 
+class _Making(threading.local):
+    unfilled = False
+
+
+_making = _Making()
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """Inside, in this thread, parameters are made without values: right in shape and type, read-only, without memory.
+
+    For models whose weights come from elsewhere: give each parameter its `data` before it is used. Nothing is drawn
+    from `entrenar.random`.
+    """
+    before, _making.unfilled = _making.unfilled, True
+    try:
+        yield
+    finally:
+        _making.unfilled = before
+
+
 def normal(*shape: int, std: float, dtype: Any = np.float32) -> Tensor:
     """A parameter drawn from N(0, std^2) out of `entrenar.random`."""
+    if _making.unfilled:
+        return constant(*shape, value=0, dtype=dtype)
     values = random.generator().standard_normal(shape, dtype=np.float32)
     return Tensor((values * np.float32(std)).astype(dtype, copy=False), requires_grad=True)
+
+
+def constant(*shape: int, value: float, dtype: Any = np.float32) -> Tensor:
+    """A parameter with `value` everywhere."""
+    if _making.unfilled:  # one zero, shown everywhere
+        return Tensor(np.broadcast_to(np.zeros((), dtype), shape), requires_grad=True)
+    return Tensor(np.full(shape, value, dtype), requires_grad=True)
 
 
 class Linear(Module):
@@ -104,7 +139,7 @@ class Linear(Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float | None = None,
                  dtype: Any = np.float32) -> None:  # fmt: skip
         self.weight = normal(outputs, inputs, std=inputs**-0.5 if std is None else std, dtype=dtype)
-        self.bias = Tensor(np.zeros(outputs, dtype), requires_grad=True) if bias else None
+        self.bias = constant(outputs, value=0, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -127,7 +162,7 @@ class RMSNorm(Module):
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-6, dtype: Any = np.float32) -> None:
-        self.weight = Tensor(np.ones(channels, dtype), requires_grad=True)
+        self.weight = constant(channels, value=1, dtype=dtype)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,8 +173,8 @@ class LayerNorm(Module):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * w + b          x, y (..., C)   weight w, bias b (C,)"""
 
     def __init__(self, channels: int, *, eps: float = 1e-5, dtype: Any = np.float32) -> None:
-        self.weight = Tensor(np.ones(channels, dtype), requires_grad=True)
-        self.bias = Tensor(np.zeros(channels, dtype), requires_grad=True)
+        self.weight = constant(channels, value=1, dtype=dtype)
+        self.bias = constant(channels, value=0, dtype=dtype)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ inputs. Three decisions shape the file:
   gradient has all its consumers behind it: a heap of numbers replaces the topological sort, and no recursion limits
   the depth of a graph.
 
-`Op.apply` and the walk of `Tensor.backward` (`_Walk.step`) are the only two doors through which computation passes.
+`Op.apply` and the walk of `Tensor.backward` (`_Walk.step`) are the only two doors through which computation passes:
+whoever wants to see all of it stands there (`watched`), and costs one `if` per operation while nobody does.
 
 What a Tensor can do (`+`, `@`, `.sum()`, ...) is written in `entrenar/ops`, one class per operation, and attached
 to Tensor by the table in `entrenar/ops/__init__.py`.
@@ -24,8 +25,8 @@ import contextlib
 import heapq
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class _Recording(threading.local):
     def __init__(self) -> None:  # runs once in each thread
         self.on = True
         self.before: list[bool] = []  # what `on` was outside each no_grad this thread is inside of
+        self.watcher: Watcher | None = None
 
 
 _recording = _Recording()
@@ -63,6 +65,34 @@ class recorded(no_grad):
     """The opposite, for what is computed again during a backward() that is called inside no_grad."""
 
     on = True
+
+
+class Watcher(Protocol):
+    """Sees every operation of this thread, right after it was computed; what it raises ends the computation.
+
+        forward    an op, what it was given (tensors, or whatever else came positionally), and its output
+        backward   an op, the gradient of its output, and what its backward returned for its inputs
+        inside     a module (nn.py) whose forward is about to run: a context around it
+    """
+
+    def forward(self, op: Op, inputs: Sequence[Any], out: Tensor) -> None: ...
+    def backward(self, op: Op, dout: np.ndarray, grads: Any) -> None: ...
+    def inside(self, module: Any) -> contextlib.AbstractContextManager[None]: ...
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Inside, `watcher` sees every operation of this thread (instead of another one that did before)."""
+    before, _recording.watcher = _recording.watcher, watcher
+    try:
+        yield
+    finally:
+        _recording.watcher = before
+
+
+def current_watcher() -> Watcher | None:
+    """Who watches this thread's operations, if anyone."""
+    return _recording.watcher
 
 
 class Tensor:
@@ -226,6 +256,8 @@ class Op:
         out = Tensor(op.forward(*[x.data if isinstance(x, Tensor) else x for x in inputs], **constants))
         if any(op.needs):
             op.record(inputs, out)
+        if _recording.watcher is not None:
+            _recording.watcher.forward(op, inputs, out)
         return out
 
     def record(self, inputs: Iterable[Any], out: Tensor) -> None:
@@ -275,6 +307,8 @@ class _Walk:
         _, op = heapq.heappop(self.heap)
         dout, _ = self.pending.pop(op.born)
         result = op.run_backward(dout)
+        if _recording.watcher is not None:
+            _recording.watcher.backward(op, dout, result)
         edges, saved = op.edges or (), op.saved
         op.free()
         if isinstance(result, Tensor):  # a checkpoint, recomputed: go on through the graph it stands for

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, readable by others, and complete."""
 
 import json
+import resource
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from entrenar.data import ByteTokenizer
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.training.checkpoint import (
     CheckpointError,
+    clean,
     load_checkpoint,
+    newest,
     save_checkpoint,
     save_step,
     saved_steps,
@@ -79,15 +83,14 @@ def test_a_failure_on_the_way_leaves_nothing(parts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_an_oserror_and_leaves_nothing(parts, tmp_path, monkeypatch):
-    from safetensors import SafetensorError
-
-    def full(*_, **__):
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
-    with pytest.raises(OSError, match="cannot write model.safetensors: No space left"):
-        save_checkpoint(tmp_path / "c", **parts)
+def test_a_disk_that_takes_no_more_is_an_oserror_and_leaves_nothing(parts, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # bytes of a file: the write call itself fails
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path / "c", **parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,22 +100,68 @@ def test_changed_missing_and_absent_files_are_told(parts, tmp_path):
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    with pytest.raises(CheckpointError, match="not what was written: model.safetensors"):
+    with pytest.raises(CheckpointError, match="model.safetensors is not what was written"):
         load_checkpoint(tmp_path / "c")
     assert load_checkpoint(tmp_path / "c", check=False).state["step"] == 1
     weights.unlink()
     with pytest.raises(CheckpointError, match="model.safetensors is missing"):
         load_checkpoint(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="state.json is missing"):
+    with pytest.raises(CheckpointError, match="SHA256SUMS is missing"):
         load_checkpoint(tmp_path / "nowhere")
-    (tmp_path / "c" / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', '{"format": 99}', '{"step": 3}'])
+def test_a_state_this_version_does_not_read_is_told(parts, tmp_path, content):
+    save_checkpoint(tmp_path / "c", **parts)
+    (tmp_path / "c" / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="state.json"):
+        load_checkpoint(tmp_path / "c", check=False)
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", f"{'0' * 64}  ../../etc/passwd\n", f"{'0' * 64}  state.json\n", "é"])
+def test_sums_that_are_none_are_told(parts, tmp_path, content):
+    save_checkpoint(tmp_path / "c", **parts)
+    (tmp_path / "c" / "SHA256SUMS").write_text(content)
+    with pytest.raises(CheckpointError, match="SHA256SUMS"):
         load_checkpoint(tmp_path / "c")
+
+
+def test_the_sums_are_those_of_sha256sum(parts, tmp_path):
+    save_checkpoint(tmp_path / "c", **parts)
+    done = subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=tmp_path / "c", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    listed = {line.split()[1] for line in (tmp_path / "c" / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {p.name for p in (tmp_path / "c").iterdir()} - {"SHA256SUMS"}
+
+
+def test_the_newest_whole_checkpoint_is_found_and_broken_ones_are_told(parts, tmp_path):
+    for step in (10, 20, 30):
+        save_step(tmp_path, step, keep_last_n=3, **parts | {"state": {"step": step}})
+    (tmp_path / "step-000030" / "state.json").unlink()
+    (tmp_path / "step-000020" / "optimizer.safetensors").write_bytes(b"")
+    told = []
+    assert newest(tmp_path, told.append).name == "step-000010"
+    assert "step-000030" in told[0] and "state.json is missing; falling back to step-000010" in told[0]
+    assert load_checkpoint(tmp_path).state["step"] == 10
+    (tmp_path / "step-000010" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no whole checkpoint; .*step-000030.*step-000020.*step-000010"):
+        newest(tmp_path)
+
+
+def test_cleaning_sweeps_up_and_sets_aside_but_destroys_no_checkpoint(parts, tmp_path):
+    for step in (10, 20):
+        save_step(tmp_path, step, best=step == 20, **parts | {"state": {"step": step}})
+    (tmp_path / ".step-000030.x7").mkdir()
+    (tmp_path / ".step-000005.old").mkdir()
+    (tmp_path / ".checkpoint.77").symlink_to("nowhere")
+    (tmp_path / ".mine").write_text("kept")
+    assert clean(tmp_path, 10) == ["step-000020"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine", "step-000010", "step-000020.broken"]
 
 
 def test_a_run_keeps_the_newest_and_the_best(parts, tmp_path):
     for step in (10, 20, 30, 40):
-        save_step(tmp_path, step, best=step == 20, keep=1, **parts | {"state": {"step": step}})
+        save_step(tmp_path, step, best=step == 20, keep_last_n=1, **parts | {"state": {"step": step}})
     assert [p.name for p in saved_steps(tmp_path)] == ["step-000020", "step-000040"]
     assert load_checkpoint(tmp_path).state["step"] == 40
     assert load_checkpoint(tmp_path / "best").state["step"] == 20

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("_kernels",),  # compiled from csrc/
     ("kernels",),
-    ("tensor", "random", "state", "files"),
+    ("tensor", "random", "state", "files", "version"),
     ("ops",),
     ("gradcheck",),
     ("nn",),
@@ -37,7 +37,7 @@ NEVER = {("data", "llama")}  # tokens do not know who reads them
 
 ENGINE = {"_kernels", "kernels", "tensor", "random", "state", "files", "ops", "gradcheck", "nn", "optim", "llama"}
 # slow to import: at the point of use only
-LATE = {"tokenizers", "rich", "PIL", "safetensors", "ml_dtypes", "backports", "pyarrow", "shtab"}
+LATE = {"tokenizers", "rich", "PIL", "safetensors", "ml_dtypes", "backports", "pyarrow", "shtab", "compression"}
 ELSEWHERE = {"numpy", *LATE}  # what a file may import that is neither Python's nor ours
 
 

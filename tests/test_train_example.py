@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from entrenar.data import ByteTokenizer
-from entrenar.examples.train import interpreter, main, parse, visible
+from entrenar.examples.train import main
 from entrenar.training.checkpoint import load_checkpoint
-from entrenar.training.config import ConfigError
+from entrenar.training.summary import command_name, visible
 from entrenar.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +88,7 @@ def test_a_small_run_from_text_to_picture(place):
         "run/curve.png",
         "next",
         "--data.source",
+        "run/report.html",
     ):
         assert expected in done.stdout, expected
     assert done.stderr == "" and "\x1b" not in done.stdout
@@ -178,7 +179,7 @@ def test_letters_the_terminal_lacks_do_not_end_a_run(place, monkeypatch):
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_ctrl_c_during_the_last_look_ends_with_130_and_a_picture(place, capsys, monkeypatch):
+def test_ctrl_c_during_the_last_look_makes_do_with_the_sample_of_it(place, capsys, monkeypatch):
     looked = Trainer.look
 
     def interrupted(self, *, whole=False):
@@ -192,7 +193,7 @@ def test_ctrl_c_during_the_last_look_ends_with_130_and_a_picture(place, capsys, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.tier3)])
-def test_ctrl_c_saves_samples_draws_and_ends_with_130(place, number):
+def test_ctrl_c_is_answered_at_once_saves_draws_and_says_how_to_go_on(place, number):
     words = command("--out", "run", "--training.steps", "1000000", "--training.report_every", "1")
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -200,8 +201,9 @@ def test_ctrl_c_saves_samples_draws_and_ends_with_130(place, number):
                 break
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == ""
-    assert "stopping after step" in output and "a sample it wrote" in output
+    assert process.returncode == 128 + number
+    assert "finishing this step, then saving; once more stops at once" in errors and errors.count("\n") == 2
+    assert "nothing is lost" in output and "resume run" in output
     step = load_checkpoint(place / "run").state["step"]
     assert 3 <= step < 1000000 and (place / "run" / "curve.png").exists()
 
@@ -222,7 +224,7 @@ def test_the_7b_configuration_is_refused_where_it_cannot_fit(place, capsys, monk
     ]
     code, _, errors = here(capsys, *words)
     assert code == 2 and re.search(
-        r"needs about \d+(\.\d)? GB to be trained, this machine has 16.0 GB", errors
+        r"would need \d+(\.\d)? GB of memory, this machine or container has 16.0 GB", errors
     )
 
 
@@ -236,9 +238,12 @@ def test_the_next_commands_can_be_typed(place, capsys, monkeypatch):
     assert here(capsys, "--out", "my run", "--training.steps", "2")[0] == 0  # a space to be quoted
     monkeypatch.setattr("sys.executable", str(place / ".venv/bin/python"))
     assert here(capsys, "--out", "two", "--training.steps", "2")[0] == 0
-    assert interpreter() == ".venv/bin/python"
-    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
-    assert interpreter() == "python"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert command_name() == ".venv/bin/python -m entrenar"
+    monkeypatch.setattr("shutil.which", lambda name: sys.executable if name == "python" else None)
+    assert command_name() == "python -m entrenar"
+    monkeypatch.setattr("shutil.which", lambda name: str(Path(sys.executable).parent / name))
+    assert command_name() == "entrenar"
 
 
 def test_plan_knows_the_size_of_a_saved_tokenizer(place, capsys):
@@ -253,25 +258,6 @@ def test_a_loss_that_is_no_number_ends_with_1(place, capsys):
     )
     assert code == 1 and re.search(r"step \d: the (loss|gradient's norm) is (nan|inf)", errors)
     assert "learning_rate" in errors
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["train"], "train: wanted --section.key VALUE"),
-        (["-x", "1"], "-x: wanted --section.key VALUE"),
-        (["--training.steps"], "--training.steps: a value is missing"),
-        (["--training.steps", "--data.source", "x"], "--training.steps: a value is missing"),
-        (["--data.source", os.fsdecode(b"caf\xe9")], r"'caf\\udce9': wanted UTF-8"),
-    ],
-)
-def test_a_command_line_that_cannot_be_read_is_told(words, message):
-    with pytest.raises(ConfigError, match=message):
-        parse(words)
-
-
-def test_equals_signs_and_spaces_mean_the_same():
-    assert parse(["--a.b=c=d", "--e.f", "-1"]).overrides == [("a.b", "c=d"), ("e.f", "-1")]
 
 
 def test_a_sample_cannot_move_the_cursor():

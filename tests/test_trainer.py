@@ -15,7 +15,8 @@ from entrenar.llama import Llama
 from entrenar.training.checkpoint import load_checkpoint
 from entrenar.training.config import read_config
 from entrenar.training.display import HeldOut, PlainLines
-from entrenar.training.trainer import Trainer, TrainingError, accumulate_gradients, interruptible
+from entrenar.training.signals import StopAtOnce, listening
+from entrenar.training.trainer import Trainer, TrainingError, accumulate_gradients
 
 SMALL = {
     "data.tokenizer": "bytes", "data.cache": "off",
@@ -269,9 +270,9 @@ def test_ctrl_c_finishes_the_step_and_a_second_one_ends_at_once(make):
 
     t.batches.next = interrupted
     handler = signal.getsignal(signal.SIGINT)
-    with interruptible(t.stop):
+    with listening(t.requests):
         t.train()
         assert t.step == 3 and t.stopping == "Ctrl-C"
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StopAtOnce, match="SIGTERM again: stopped at once"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is handler

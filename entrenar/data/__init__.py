@@ -1,8 +1,9 @@
 """Text on its way to the model: corpora, tokenizers, a prepared and cached corpus, batches."""
 
 from entrenar.data.batches import IGNORE, Batches, batched, evaluation_windows
-from entrenar.data.corpus import Corpus, CorpusError, find_sources, read_corpus
-from entrenar.data.prepared import Facts, Prepared, bits_per_byte, prepare
+from entrenar.data.corpus import CorpusError, find_sources
+from entrenar.data.documents import read_documents
+from entrenar.data.prepared import Facts, Prepared, bits_per_byte, load_prepared, prepare
 from entrenar.data.tokenizer import (
     END,
     BPETokenizer,
@@ -19,7 +20,6 @@ __all__ = [
     "BPETokenizer",
     "Batches",
     "ByteTokenizer",
-    "Corpus",
     "CorpusError",
     "Facts",
     "Prepared",
@@ -29,8 +29,9 @@ __all__ = [
     "bits_per_byte",
     "evaluation_windows",
     "find_sources",
+    "load_prepared",
     "load_tokenizer",
     "prepare",
-    "read_corpus",
+    "read_documents",
     "train_bpe",
 ]

@@ -12,20 +12,23 @@ shuffles anew. Evaluation walks in order and predicts every token exactly once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from entrenar.data.corpus import CorpusError
+from entrenar.data.tokenfile import forget
 
 IGNORE = -100  # a target that counts for nothing
+FORGET_AFTER = 256  # windows: each brings in up to 64 kB of a mapped file, so that 16 MB of it are in memory at most
 
 
 class Batches:
     """An endless supply of training batches; where it stands is three numbers, fit for a checkpoint.
 
-    Raises CorpusError where the tokens do not fill one window.
+    `taken` has the first token's place of each window of the last batch. Tokens may be a mapped file: a window is
+    copied out of it and no more. Raises CorpusError where the tokens do not fill one window.
     """
 
     def __init__(self, tokens: np.ndarray, *, batch_size: int, context: int, seed: int = 0) -> None:
@@ -36,7 +39,9 @@ class Batches:
             )
         self.tokens, self.batch_size, self.context, self.seed = tokens, batch_size, context, seed
         self.epoch = self.position = 0
-        self.starts = self._shuffled()
+        self.starts = self._shuffled(seed, 0)
+        self.taken: list[int] = []
+        self.touched = 0  # windows read since pages were given back
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """The next inputs and targets, (B, T) int64 each. A batch may end one epoch and begin the next."""
@@ -44,28 +49,48 @@ class Batches:
         while len(chosen) < self.batch_size:
             if self.position == len(self.starts):
                 self.epoch, self.position = self.epoch + 1, 0
-                self.starts = self._shuffled()
+                self.starts = self._shuffled(self.seed, self.epoch)
             taken = self.starts[self.position : self.position + self.batch_size - len(chosen)]
             self.position += len(taken)
             chosen += taken.tolist()
+        self.taken = chosen
         windows = np.stack([self.tokens[s : s + self.context + 1] for s in chosen]).astype(np.int64)
+        self.touched += self.batch_size
+        if self.touched >= FORGET_AFTER:
+            self.touched = 0
+            forget(self.tokens)
         return windows[:, :-1], windows[:, 1:]
 
     def state(self) -> dict[str, Any]:
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Stand where `state()` was taken (of the same tokens and context)."""
-        self.seed, self.epoch = int(state["seed"]), int(state["epoch"])
-        self.starts = self._shuffled()
-        self.position = int(state["position"])
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Stand where `state()` was taken (of the same tokens and context).
 
-    def _shuffled(self) -> np.ndarray:
-        """Starts of this epoch's windows: cut side by side from a random offset on, in random order."""
-        random = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+        Raises ValueError, and stays where it was, for a state that is none of these batches.
+        """
+        for name in ("seed", "epoch", "position"):
+            value = state.get(name)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"Batches: the state's {name} is {str(value)[:40]}, wanted a whole number from 0 on")
+        starts = self._shuffled(state["seed"], state["epoch"])
+        if state["position"] > len(starts):
+            raise ValueError(
+                f"Batches: the state's position is {state['position']:,}, but an epoch has {len(starts):,} windows of "
+                f"context {self.context}: it is the state of another text or context"
+            )
+        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+        self.starts = starts
+
+    def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        """Starts of an epoch's windows: cut side by side from a random offset on, in random order."""
+        random = np.random.Generator(np.random.PCG64([seed, epoch]))
         spare = len(self.tokens) - self.context - 1  # the last start that still fits
         offset = int(random.integers(0, min(self.context, spare + 1)))
-        return random.permutation(np.arange(offset, spare + 1, self.context))
+        kind = np.dtype(np.uint32 if spare < 2**32 else np.int64)
+        starts = np.arange(offset, spare + 1, self.context, dtype=kind)
+        random.shuffle(starts)
+        return starts
 
 
 def evaluation_windows(tokens: np.ndarray, *, first: int, context: int, stride: int,

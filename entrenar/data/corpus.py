@@ -1,16 +1,17 @@
-"""Corpora: where text comes from, and which part of it the model never trains on.
+"""Sources: which files a text is made of, and what kind each is.
 
 A source is named by one string:
 
     stdlib:            the Python standard library's own source on this machine: real text, always there
     path/to/file.txt   one text file; its last part is held out, cut at the start of a line
-    path/to/folder     every file below it (hidden ones and binary ones are left out)
+    path/to/rows.jsonl a document per line, {"text": "..."}; .ndjson is the same
+    path/to/x.parquet  a document per row, in the column "text" (needs the extra `parquet`)
+    path/to/folder     every file below it (hidden ones and binary ones are left out); kinds may be mixed
     'notes/**/*.md'    the files a glob pattern finds
-    -                  standard input, treated like one file
+    -                  standard input, treated like one text file; jsonl:- has a document per line
 
-Of many files, each goes to one side or the other by a hash of its name: stable between machines and runs, and
-unmoved when files are added. Where they are so few that the hash leaves a side empty, the last part of each is
-held out. Leaves out tokens (tokenizer.py) and batches (batches.py).
+Text and JSONL may be packed: .gz or .zst after the name. Leaves out reading (documents.py), which side a document
+goes to (scan.py) and tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Sequence
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STDLIB = "stdlib:"
 STDLIB_LEAVES_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+STDIN = {"-": "text", "jsonl:-": "jsonl"}
+STDIN_NAME = "standard input"
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 
 
 class CorpusError(ValueError):
@@ -34,31 +41,39 @@ class CorpusError(ValueError):
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents to train on and documents held out; `skipped` files were not text."""
+class SourceFile:
+    """One file of a source. `name` is what stays the same on other machines: the path below the source."""
 
-    source: str
-    train: list[str]
-    held_out: list[str]
-    skipped: tuple[str, ...] = ()
+    name: str
+    path: Path
+    kind: str = "text"  # or "jsonl", "parquet"
+    packing: str = ""  # or "gzip", "zstd"
+
+    def __str__(self) -> str:
+        """What messages call it."""
+        return STDIN_NAME if self.name == STDIN_NAME else str(self.path)
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The files behind a source: (name, path), sorted by name. `text` is set for standard input alone."""
+    """The files behind a source, sorted by name. `content` is the hash of standard input, if that was it."""
 
     source: str
-    files: tuple[tuple[str, Path], ...]
-    text: bytes | None = None
+    files: tuple[SourceFile, ...]
+    content: str = ""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, renamed or written to; reads no file."""
         digest = hashlib.blake2b(os.fsencode(self.source), digest_size=16)
-        if self.text is not None:
-            digest.update(self.text)
-        for name, path in self.files:
-            stat = path.stat()
-            facts = f"\0{name}\0{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+        if self.content:
+            digest.update(self.content.encode())
+            return digest.hexdigest()
+        for file in self.files:
+            try:
+                stat = file.path.stat()
+            except OSError as error:
+                raise CorpusError(f"data.source: {file} has gone: {error.strerror}") from None
+            facts = f"\0{file.name}\0{file.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
             digest.update(os.fsencode(facts))  # a name may hold bytes that are no UTF-8
         return digest.hexdigest()
 
@@ -67,53 +82,36 @@ def find_sources(source: str) -> Sources:
     """The files that `source` names. Raises CorpusError when there are none."""
     if source == STDLIB:
         return Sources(source, _stdlib_files())
-    if source == "-":
-        return Sources(source, (), _stdin_bytes())
+    if source in STDIN:
+        path, content = _standard_input()
+        return Sources(source, (SourceFile(STDIN_NAME, path, STDIN[source]),), content)
     path = Path(os.path.expanduser(source))
     if path.is_file():
-        return Sources(source, ((path.name, path),))
+        return Sources(source, (source_file(path.name, path),))
     if path.is_dir():
         files = _files_below(path)
         wanted = "a folder with text files"
     elif glob.has_magic(source):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-        files = tuple((p.as_posix(), p) for p in found if p.is_file())
+        files = tuple(source_file(p.as_posix(), p) for p in found if p.is_file())
         wanted = "a pattern that finds files"
     else:
         fault = "is neither a file nor a folder" if path.exists() else "does not exist"
         raise CorpusError(
-            f"data.source: {source!r} {fault} (looked from {Path.cwd()}); "
-            f"wanted a text file, a folder, a glob pattern, '-' for standard input, or '{STDLIB}'"
+            f"data.source: {source!r} {fault} (looked from {Path.cwd()}); wanted a text file, a folder, a glob "
+            f"pattern, '-' for standard input ('jsonl:-': with a document per line), or '{STDLIB}'"
         )
     if not files:
         raise CorpusError(f"data.source: {source!r} holds no files; wanted {wanted}")
     return Sources(source, files)
 
 
-def read_corpus(sources: Sources, *, held_out: float = 0.05) -> Corpus:
-    """Read every file and set about `held_out` of the text aside.
-
-    Raises CorpusError for text that is not UTF-8 (naming line and byte), for binary files where a file was
-    named, and where one of the two sides would be empty.
-    """
-    if sources.text is not None:
-        return _split_one("standard input", sources.source, _decode(sources.text, "standard input"), held_out)
-    if len(sources.files) == 1:
-        name, path = sources.files[0]
-        return _split_one(str(path), sources.source, _decode(_read(path), str(path)), held_out)
-
-    texts, skipped = _read_texts(sources)
-    if not texts:
-        raise CorpusError(
-            f"data.source: {sources.source!r}: all {len(sources.files)} files are empty or binary"
-        )
-    train = [text for name, text in texts.items() if not is_held_out(name, held_out)]
-    held = [text for name, text in texts.items() if is_held_out(name, held_out)]
-    if not train or not held:
-        train, held = _split_each(list(texts.values()), held_out)
-        if not train or not held:
-            raise CorpusError(f"data.source: {sources.source!r}: too little text to hold a part out")
-    return Corpus(sources.source, train, held, skipped)
+def source_file(name: str, path: Path) -> SourceFile:
+    """The file with what its name's ending says: notes.jsonl.gz is JSONL, packed by gzip."""
+    stem, ending = os.path.splitext(name.lower())
+    packing = PACKINGS.get(ending, "")
+    kind = KINDS.get(os.path.splitext(stem)[1] if packing else ending, "text")
+    return SourceFile(name, path, "text" if packing and kind == "parquet" else kind, packing)
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -122,74 +120,26 @@ def is_held_out(name: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _read_texts(sources: Sources) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Text by name, of every file that has some; and the names of those that are no text."""
-    texts: dict[str, str] = {}
-    skipped: list[str] = []
-    for name, path in sources.files:
-        raw = _read(path)
-        if b"\0" in raw:
-            skipped.append(name)
-            continue
-        try:
-            text = _decode(raw, str(path))
-        except CorpusError:
-            if sources.source != STDLIB:  # whose files may declare another encoding, and are not the user's
-                raise
-            skipped.append(name)
-            continue
-        if text.strip():
-            texts[name] = text
-    return texts, tuple(skipped)
-
-
-def _split_one(name: str, source: str, text: str, held_out: float) -> Corpus:
-    if not text.strip():
-        raise CorpusError(f"data.source: {name} is empty; wanted UTF-8 text")
-    cut = _cut(text, held_out)
-    if cut == 0:
-        raise CorpusError(f"data.source: {name} has {len(text)} characters: too short to hold a part out")
-    return Corpus(source, [text[:cut]], [text[cut:]])
-
-
-def _split_each(texts: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
-    cuts = [(text, _cut(text, held_out)) for text in texts]
-    return [text[:cut] for text, cut in cuts if cut], [text[cut:] for text, cut in cuts if cut]
-
-
-def _cut(text: str, held_out: float) -> int:
-    """Where the last part begins: at the start of a line, if that leaves at least half of what was asked."""
-    size = max(1, int(len(text) * held_out))
-    line = text.find("\n", len(text) - size) + 1
-    return line if 0 < line <= len(text) - size / 2 else len(text) - size
-
-
-def _decode(raw: bytes, name: str) -> str:
-    if (zero := raw.find(b"\0")) >= 0:
-        raise CorpusError(f"data.source: {name} is binary, not text: byte {zero} is NUL; wanted UTF-8")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise CorpusError(
-            f"data.source: {name} is not UTF-8: line {line}, byte {error.start} is 0x{raw[error.start]:02x} "
-            f"({error.reason}); convert it first, e.g. with iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"data.source: cannot read {path}: {error.strerror}") from None
-
-
 @functools.cache
-def _stdin_bytes() -> bytes:
-    return sys.stdin.buffer.read()
+def _spooled() -> tuple[Any, str]:
+    """Standard input in a temporary file, which goes when this process ends, and the hash of its bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    kept = tempfile.NamedTemporaryFile(prefix="entrenar-stdin-")  # noqa: SIM115 (as long as the process lives)
+    while block := sys.stdin.buffer.read(1 << 20):
+        digest.update(block)
+        kept.write(block)
+    kept.flush()
+    return kept, digest.hexdigest()
 
 
-def _stdlib_files() -> tuple[tuple[str, Path], ...]:
+def _standard_input() -> tuple[Path, str]:
+    if sys.stdin is None:
+        raise CorpusError("data.source: '-' is standard input, which is closed; name a file, or pipe the text in")
+    kept, content = _spooled()
+    return Path(kept.name), content
+
+
+def _stdlib_files() -> tuple[SourceFile, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, folders, names in os.walk(root):
@@ -199,12 +149,18 @@ def _stdlib_files() -> tuple[tuple[str, Path], ...]:
         raise CorpusError(
             f"data.source: no .py files in {root}: this Python keeps its library elsewhere; name a text"
         )
-    return tuple(sorted((path.relative_to(root).as_posix(), path) for path in files))
+    return _named(root, files)
 
 
-def _files_below(root: Path) -> tuple[tuple[str, Path], ...]:
+def _files_below(root: Path) -> tuple[SourceFile, ...]:
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return tuple(sorted((p.relative_to(root).as_posix(), p) for p in files if p.is_file()))
+    return _named(root, [path for path in files if path.is_file()])
+
+
+def _named(root: Path, paths: list[Path]) -> tuple[SourceFile, ...]:
+    """The files by their paths below `root`, sorted by these."""
+    names = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    return tuple(source_file(name, path) for name, path in names)

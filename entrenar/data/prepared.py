@@ -1,37 +1,49 @@
-"""A corpus made ready: tokenizer, token ids of both sides, and what gzip and xz make of the held-out bytes.
+"""A corpus made ready: tokenizer, token files of both sides, and what gzip and xz make of the held-out bytes.
 
-Preparing takes seconds, so the result is kept in a cache folder ($XDG_CACHE_HOME/entrenar, or
-~/.cache/entrenar) under a key made of the files (name, size, time of change) and of every setting that
-matters. Another file, another setting, another version: another key.
+Prepared once, in bounded memory, and kept in a cache folder ($XDG_CACHE_HOME/entrenar, or ~/.cache/entrenar) under a
+key made of the files (name, size, time of change) and of every setting that matters. Another file, another setting,
+another version: another key. A folder of prepared data has
+
+    facts.json                        what is known of it, for people too
+    tokenizer/                        as the tokenizer's `save` wrote it
+    train.tokens, held_out.tokens     the ids (tokenfile.py)
+    places, names.json                where they come from (places.py), and the names of the source's files
+
+The work: read everything once (scan.py), learn a tokenizer from a sample, encode piece by piece (encoding.py), all in
+a folder that the next preparation goes on with if this one is killed (work.py).
 """
 
 from __future__ import annotations
 
-import gzip
+import functools
 import hashlib
 import json
-import lzma
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from entrenar.data.corpus import Sources, find_sources, read_corpus
-from entrenar.files import new_folder
-from entrenar.data.tokenizer import (
-    FILE,
-    ByteTokenizer,
-    Tokenizer,
-    TokenizerError,
-    load_tokenizer,
-    train_bpe,
-)
+from entrenar.data.corpus import CorpusError, Sources, find_sources
+from entrenar.data.encoding import Writer, encode_slabs
+from entrenar.data.pieces import BEGINNING, LEARN_FROM, Position, pieces, sample
+from entrenar.data.places import Places, open_places
+from entrenar.data.scan import Progress, Scan, scan
+from entrenar.data.tokenfile import open_tokens, read_header
+from entrenar.data.tokenizer import FILE, ByteTokenizer, Tokenizer, TokenizerError, load_tokenizer, train_bpe
+from entrenar.data.work import HELD_OUT, PLACES, TOKENIZER, TRAIN, Work
+from entrenar.files import new_folder, write_file
+from entrenar.formats.strict_json import read_json, read_object
 
-FORMAT = 1  # of the cache; another number makes every old entry stale
+FORMAT = 2  # of the cache; another number makes every old entry stale
+FACTS, NAMES = "facts.json", "names.json"
+_LIMIT = 1 << 30  # bytes of names.json
+
+Say = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -47,32 +59,70 @@ class Facts:
     held_out_tokens: int
     gzip_bits: float
     xz_bits: float
-    skipped: tuple[str, ...] = ()
+    compared_bytes: int  # of held-out text that gzip and xz compressed
+    exact_bytes: bool  # the tokens' byte lengths add up to the text's bytes: the tokenizer changes nothing in it
+    held_out_token_bytes: int  # what the held-out tokens' byte lengths add up to
+    skipped: tuple[str, ...] = ()  # the first few names of what was left out: binary files, and with skip_bad bad ones
+    skipped_documents: int = 0  # how many were left out
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Token ids to train on and held out (an end token closes each document), and the facts about them."""
+    """Token ids to train on and held out (an end token closes each document), and the facts about them.
+
+    train, held_out   (N,) uint16 or uint32, read-only maps of the token files
+    cached            whether they were there already
+    identity          a hash of the tokens and the tokenizer: equal identity, same bits of training
+    """
 
     tokenizer: Tokenizer
     train: np.ndarray
     held_out: np.ndarray
     facts: Facts
     cached: bool
+    folder: Path
+    identity: str
+    places: Places
+    temporary: Any = field(default=None, repr=False)  # keeps a temporary folder until this is gone
+
+    def place(self, offset: int) -> str:
+        """Where the training token at `offset` comes from, for people: "notes/a.txt line 12"."""
+        return self.places.of(offset, self.train, self.tokenizer)
+
+    def bytes_of(self, tokens: np.ndarray) -> float:
+        """How many bytes of held-out text these held-out tokens stand for.
+
+        Exactly, for a tokenizer that changes nothing in the text (facts.exact_bytes). For others (LLaMA-2's puts a
+        space before a text) the tokens' own lengths, scaled so that all held-out tokens together have exactly the
+        true bytes of the held-out text.
+        """
+        told = int(self._lengths[tokens].sum())
+        if self.facts.exact_bytes:
+            return told
+        if not self.facts.held_out_token_bytes:
+            return len(tokens) * self.facts.held_out_bytes / max(1, self.facts.held_out_tokens)
+        return told * self.facts.held_out_bytes / self.facts.held_out_token_bytes
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.tokenizer.byte_lengths()
 
 
-def prepare(source: str, *, tokenizer: str = "bpe", vocab_size: int = 2048, held_out: float = 0.05,
-            cache: str = "", say: Callable[[str], None] = lambda text: None) -> Prepared:  # fmt: skip
-    """Read, split, tokenize; or take all of it from the cache.
+def prepare(source: str, *, tokenizer: str = "bpe", vocab_size: int = 2048, held_out: float = 0.05, cache: str = "",
+            skip_bad: bool = False, into: str | Path | None = None,
+            say: Say = lambda text, done=0, total=0: None) -> Prepared:  # fmt: skip
+    """Read, split, tokenize; or take all of it from the cache; or go on where an earlier preparation was killed.
 
     source      see corpus.py
-    tokenizer   "bpe" (trained on the training side), "bytes", or a folder with a tokenizer.json saved before
+    tokenizer   "bpe" (trained on the training side), "bytes", or a folder or file with a tokenizer saved before
     vocab_size  of the BPE to be trained
     held_out    share of the text that is never trained on
     cache       a folder; "" the user's cache folder; "off" none
-    say         called with a line of text when something takes time, or goes wrong without harm
+    skip_bad    leave out files and rows that cannot be used, rather than refuse them
+    into        without a cache: the folder to be made; None: a temporary one, gone with the Prepared
+    say         called as say(text, done, total), in bytes, twice a second at most; total = 0: no telling how long
 
-    Raises CorpusError where the text cannot be used, TokenizerError for a bad tokenizer.
+    Raises CorpusError where the text cannot be used, TokenizerError for a bad tokenizer, OSError for a full disk.
     """
     sources = find_sources(source)
     if tokenizer not in ("bpe", "bytes"):
@@ -81,68 +131,186 @@ def prepare(source: str, *, tokenizer: str = "bpe", vocab_size: int = 2048, held
             raise TokenizerError(
                 f"data.tokenizer: {tokenizer!r} does not exist; wanted 'bpe', 'bytes', or a folder with a {FILE}"
             )
-    if (entries := _cache_folder(cache)) is None:
-        return _prepare(sources, tokenizer, vocab_size, held_out, say)
-    folder = entries / _key(sources.fingerprint(), tokenizer, vocab_size, held_out)
-    if folder.is_dir():
+    fingerprint = sources.fingerprint()
+    key = _key(fingerprint, tokenizer, vocab_size, held_out, skip_bad)
+    job = _Job(sources, fingerprint, key, tokenizer, vocab_size, held_out, skip_bad, say)
+    if (entries := _cache_folder(cache)) is not None:
         try:
-            return _load(folder)
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-            say(f"cached data in {folder} cannot be read ({error}): preparing again")
-            shutil.rmtree(folder, ignore_errors=True)
-    prepared = _prepare(sources, tokenizer, vocab_size, held_out, say)
-    try:
-        _save(prepared, folder)
-    except FileExistsError:
-        pass  # another run was faster
-    except OSError as error:
-        say(f"prepared data is not kept for the next run: cannot write {folder}: {error.strerror}")
-    return prepared
+            return _prepared_in(entries / key, job)
+        except _Unwritable as error:
+            say(f"prepared data is not kept for the next run: {error}", 0, 0)
+    if into is not None:
+        return _prepared_in(Path(into), job)
+    temporary = tempfile.TemporaryDirectory(prefix="entrenar-")
+    return replace(_prepared_in(Path(temporary.name, "data"), job), temporary=temporary)
 
 
-def bits_per_byte(nats: float, size: int) -> float:
+def load_prepared(folder: str | Path) -> Prepared:
+    """What `prepare` made there, every file checked against its hash.
+
+    Raises CorpusError where it is not whole.
+    """
+    return _load(Path(folder))[0]
+
+
+def bits_per_byte(nats: float, size: float) -> float:
     """A cost of `nats` in total over `size` bytes of text, as bits per byte."""
     return nats / np.log(2).item() / size
 
 
-def _prepare(sources: Sources, tokenizer: str, vocab_size: int, held_out: float,
-             say: Callable[[str], None]) -> Prepared:  # fmt: skip
-    say(f"reading {sources.source}")
-    corpus = read_corpus(sources, held_out=held_out)
-    raw = "".join(corpus.held_out).encode()
-    with ThreadPoolExecutor(2) as pool:  # both compressors release the GIL: the tokenizer works meanwhile
-        gzipped = pool.submit(lambda: len(gzip.compress(raw, 9, mtime=0)))
-        xzipped = pool.submit(lambda: len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)))
-        made = _tokenizer(tokenizer, corpus.train, vocab_size, say)
-        say("encoding")
-        train, held = made.encode_documents(corpus.train), made.encode_documents(corpus.held_out)
-        if (told := int(made.byte_lengths()[held].sum())) != len(raw):
-            raise TokenizerError(
-                f"data.tokenizer: {tokenizer}: its tokens stand for {told:,} of {len(raw):,} held-out bytes, so "
-                "bits per byte would be wrong; wanted a byte-level BPE that changes nothing in the text"
-            )
-        facts = Facts(
-            source=corpus.source,
-            train_documents=len(corpus.train),
-            train_bytes=sum(len(text.encode()) for text in corpus.train),
-            train_tokens=len(train),
-            held_out_documents=len(corpus.held_out),
-            held_out_bytes=len(raw),
-            held_out_tokens=len(held),
-            gzip_bits=8 * gzipped.result() / len(raw),
-            xz_bits=8 * xzipped.result() / len(raw),
-            skipped=corpus.skipped,
-        )
-    return Prepared(made, train, held, facts, cached=False)
+# --- making -----------------------------------------------------------------------------------------------
 
 
-def _tokenizer(name: str, documents: list[str], vocab_size: int, say: Callable[[str], None]) -> Tokenizer:
-    if name == "bytes":
+class _Unwritable(OSError):
+    """The folder cannot be made; nothing was done yet."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be prepared, and how."""
+
+    sources: Sources
+    fingerprint: str
+    key: str
+    tokenizer: str
+    vocab_size: int
+    held_out: float
+    skip_bad: bool
+    say: Say
+
+
+def _prepared_in(folder: Path, job: _Job) -> Prepared:
+    """What the folder holds, if it is what was asked for; else made there."""
+    if (found := _there(folder, job)) is not None:
+        return found
+    try:
+        work = Work(folder, job.key, job.say)
+    except OSError as error:
+        raise _Unwritable(error.errno, f"cannot write {folder}: {error.strerror}") from None
+    with work:
+        if (found := _there(folder, job)) is not None:  # another run was faster
+            return found
+        _fill(work, job)
+        work.finish()
+    return _load(folder)[0]
+
+
+def _there(folder: Path, job: _Job) -> Prepared | None:
+    """The prepared data in the folder; None where there is none. Stale and damaged data is told and removed.
+
+    Raises CorpusError rather than remove what is no prepared data.
+    """
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return None
+    try:
+        prepared, key = _load(folder)
+        if key == job.key:
+            return replace(prepared, cached=True)
+        why = "it was made from another text, or with other settings"
+    except CorpusError as error:
+        why = str(error)
+    if folder.name != job.key and not (folder / FACTS).is_file():
+        raise CorpusError(f"{folder} is in the way: it holds something else than prepared data; move it elsewhere")
+    job.say(f"prepared data in {folder} cannot be used ({why}): preparing again", 0, 0)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _fill(work: Work, job: _Job) -> None:
+    """All of the work, from wherever an earlier preparation left it."""
+    sources, progress = job.sources, Progress(job.sources, job.say)
+    found = work.scan(len(sources.files))
+    if found is None:
+        progress.begin(f"reading {sources.source}")
+        found = scan(sources, held_out=job.held_out, skip_bad=job.skip_bad, progress=progress)
+        work.keep_scan(found)
+    tokenizer = _tokenizer(work, found, job, progress)
+    writer = _writer(work, tokenizer)
+    try:
+        start = writer.journal.position
+        progress.begin("encoding" if start == BEGINNING else "encoding, from where an earlier run was stopped")
+        encoded = encode_slabs(tokenizer, pieces(sources, found, tokenizer.cut, held_out=job.held_out, start=start,
+                                                 progress=progress))  # fmt: skip
+        for slab, ids in encoded:
+            writer.append(slab, ids)
+        writer.journal.position = Position(len(sources.files))
+        writer.keep()
+        if sources.fingerprint() != job.fingerprint:
+            raise CorpusError(f"data.source: {sources.source!r} changed while it was being prepared; run it again")
+        facts = _finish_files(work, writer, tokenizer, found, job)
+    finally:
+        writer.close()
+    write_file(work.path(NAMES), json.dumps([file.name for file in sources.files]))
+    write_file(work.path(FACTS), json.dumps({"format": FORMAT, "key": job.key, "facts": asdict(facts)}, indent=2))
+
+
+def _tokenizer(work: Work, found: Scan, job: _Job, progress: Progress) -> Tokenizer:
+    """The tokenizer, made or loaded, and kept with the work; as it was kept there, the second time."""
+    folder = work.path(TOKENIZER)
+    if not folder.is_dir():
+        made = _new_tokenizer(found, job, progress)
+        with new_folder(folder) as temporary:
+            made.save(temporary)
+    return load_tokenizer(folder)
+
+
+def _new_tokenizer(found: Scan, job: _Job, progress: Progress) -> Tokenizer:
+    if job.tokenizer == "bytes":
         return ByteTokenizer()
-    if name != "bpe":
-        return load_tokenizer(name)
-    say(f"training a tokenizer of {vocab_size:,} tokens")
-    return train_bpe(documents, vocab_size=vocab_size)
+    if job.tokenizer != "bpe":
+        return load_tokenizer(job.tokenizer)
+    if found.train_chars > LEARN_FROM:
+        progress.begin("choosing text for a tokenizer")
+    chosen = sample(job.sources, found, held_out=job.held_out, progress=progress)
+    job.say(f"training a tokenizer of {job.vocab_size:,} tokens", 0, 0)
+    return train_bpe(chosen, vocab_size=job.vocab_size)
+
+
+def _writer(work: Work, tokenizer: Tokenizer) -> Writer:
+    try:
+        return Writer(work, tokenizer)
+    except (ValueError, FileNotFoundError):  # the journal says more than is there
+        work.forget_journal()
+        return Writer(work, tokenizer)
+
+
+def _finish_files(work: Work, writer: Writer, tokenizer: Tokenizer, found: Scan, job: _Job) -> Facts:
+    """The token files' headers, and the facts."""
+    source, kept = job.key, tokenizer_hash(work.path(TOKENIZER))
+    lengths = tokenizer.byte_lengths()
+    made, told = writer.journal, []
+    for side in writer.sides:
+        counts = side.finish(vocab_size=tokenizer.vocab_size, source=source, tokenizer=kept)
+        told.append(int(counts @ lengths))
+    compared, gzip_bits, xz_bits = writer.compressed()
+    return Facts(
+        source=job.sources.source,
+        train_documents=made.documents[0],
+        train_bytes=made.bytes[0],
+        train_tokens=made.tokens[0],
+        held_out_documents=made.documents[1],
+        held_out_bytes=made.bytes[1],
+        held_out_tokens=made.tokens[1],
+        gzip_bits=gzip_bits,
+        xz_bits=xz_bits,
+        compared_bytes=compared,
+        exact_bytes=told == made.bytes,
+        held_out_token_bytes=told[1],
+        skipped=tuple(found.skipped),
+        skipped_documents=found.skipped_documents,
+    )
+
+
+# --- keeping ----------------------------------------------------------------------------------------------
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """A hash, in hexadecimal, of every file of a saved tokenizer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _cache_folder(cache: str) -> Path | None:
@@ -153,32 +321,79 @@ def _cache_folder(cache: str) -> Path | None:
     return Path(os.path.expanduser(cache) or os.path.join(user, "entrenar"))
 
 
-def _key(fingerprint: str, tokenizer: str, vocab_size: int, held_out: float) -> str:
+def _key(fingerprint: str, tokenizer: str, vocab_size: int, held_out: float, skip_bad: bool) -> str:
     import tokenizers
 
-    kept = ""
-    if tokenizer not in ("bpe", "bytes"):
-        path = Path(tokenizer)
-        path = path / FILE if path.is_dir() else path
-        kept = hashlib.blake2b(path.read_bytes()).hexdigest() if path.is_file() else ""
+    kept = _content_hash(Path(tokenizer)) if tokenizer not in ("bpe", "bytes") else ""
     size = vocab_size if tokenizer == "bpe" else 0
-    settings = [FORMAT, fingerprint, tokenizer, kept, size, held_out, tokenizers.__version__]
+    settings = [FORMAT, fingerprint, tokenizer, kept, size, held_out, skip_bad, tokenizers.__version__]
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
-def _save(prepared: Prepared, folder: Path) -> None:
-    with new_folder(folder) as temporary:
-        prepared.tokenizer.save(temporary)
-        np.save(temporary / "train.npy", prepared.train)
-        np.save(temporary / "held_out.npy", prepared.held_out)
-        (temporary / "facts.json").write_text(json.dumps(asdict(prepared.facts), indent=2), encoding="utf-8")
+def _content_hash(tokenizer: Path) -> str:
+    """Changes with the tokenizer's file, and with those beside it that name its end token."""
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    beside = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "config.json", "generation_config.json")  # fmt: skip
+    digest = hashlib.blake2b()
+    for path in dict.fromkeys((tokenizer, *(folder / name for name in beside))):
+        if path.is_file():
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
-def _load(folder: Path) -> Prepared:
-    values = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    facts = Facts(**values | {"skipped": tuple(values["skipped"])})
-    train = np.load(folder / "train.npy", mmap_mode="r")
-    held_out = np.load(folder / "held_out.npy", mmap_mode="r")
-    if (len(train), len(held_out)) != (facts.train_tokens, facts.held_out_tokens):
-        raise ValueError("token counts do not match")
-    return Prepared(load_tokenizer(folder), train, held_out, facts, cached=True)
+def _load(folder: Path) -> tuple[Prepared, str]:
+    """The prepared data of a folder, and its key. Raises CorpusError where it is not whole."""
+    try:
+        facts, key = _facts(folder / FACTS)
+        tokenizer, kept = load_tokenizer(folder / TOKENIZER), tokenizer_hash(folder / TOKENIZER)
+        identity = hashlib.blake2b(kept.encode(), digest_size=16)
+        sides = []
+        for name, count in ((TRAIN, facts.train_tokens), (HELD_OUT, facts.held_out_tokens)):
+            header = read_header(folder / name)
+            wanted = {"count": count, "vocab_size": tokenizer.vocab_size, "tokenizer": kept, "source": key}
+            for what, value in wanted.items():
+                if (came := getattr(header, what)) != value:
+                    raise CorpusError(f"{folder / name}: its {what} is {came}, by {FACTS} and {TOKENIZER}/ {value}")
+            sides.append(open_tokens(folder / name))
+            identity.update(header.content.encode())
+        places = open_places(folder / PLACES, _names(folder / NAMES))
+    except CorpusError:
+        raise
+    except OSError as error:
+        raise CorpusError(f"prepared data: cannot read {error.filename or folder}: {error.strerror or error}") from None
+    except ValueError as error:  # FormatError, TokenizerError
+        raise CorpusError(f"prepared data: {error}") from None
+    train, held_out = sides
+    return Prepared(tokenizer, train, held_out, facts, False, folder, identity.hexdigest(), places), key
+
+
+def _facts(path: Path) -> tuple[Facts, str]:
+    """Raises CorpusError for anything but what `_fill` wrote."""
+    content = read_object(path)
+    if content.get("format") != FORMAT:
+        came = str(content.get("format"))[:40]
+        raise CorpusError(f"{path}: format {came}; this entrenar reads {FORMAT}: prepare the text again")
+    values, key = content.get("facts"), content.get("key")
+    if not isinstance(values, dict) or not isinstance(key, str):
+        raise CorpusError(f'{path}: has no "facts" or no "key"; prepare the text again')
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[str, ...]": list}
+    for one in fields(Facts):
+        value, wanted = values.get(one.name), kinds[str(one.type)]
+        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+            raise CorpusError(f'{path}: "{one.name}" is {str(value)[:40]!r}, wanted {one.type}')
+        if wanted is not str and isinstance(value, (int, float)) and value < 0:
+            raise CorpusError(f'{path}: "{one.name}" is {value}, wanted at least 0')
+    if unknown := set(values) - {one.name for one in fields(Facts)}:
+        raise CorpusError(f"{path}: unknown facts: {', '.join(sorted(unknown))[:200]}")
+    if not all(isinstance(name, str) for name in values["skipped"]):
+        raise CorpusError(f'{path}: "skipped" holds something else than names')
+    return Facts(**values | {"skipped": tuple(values["skipped"])}), key
+
+
+def _names(path: Path) -> list[str]:
+    names = read_json(path, limit=_LIMIT)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CorpusError(f"{path}: wanted a list of names")
+    return names

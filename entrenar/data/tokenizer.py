@@ -1,119 +1,115 @@
-"""Tokenizers: text to integers and back, without loss, for any text.
+"""Tokenizers: text to integers and back.
 
-Two, with one interface: byte-level BPE, trained on the user's own corpus in seconds, and plain bytes. Both
-are saved in the tokenizer.json of the `tokenizers` library, which transformers loads too (plain bytes are a
-BPE without merges). Both have one special token, `<|endoftext|>`, that ends every document and begins every
-sample.
+Four sources, one interface: plain bytes; byte-level BPE, trained on the user's own corpus in seconds; any
+tokenizer.json of the `tokenizers` library; LLaMA-2's tokenizer.model (sentencepiece.py). Each is saved so that
+transformers loads it and gives the same ids. Text is only text: what spells a special token (`<|endoftext|>`,
+`</s>`) is encoded like any other characters, and no special token is ever added; whoever joins documents puts the
+end token between them.
+
+Bytes and byte-level BPE without a normalizer lose nothing: decode(encode(text)) == text. What others lose:
+
+    LLaMA-2 and its like     nothing, but that the character U+2581 comes back as a space. The space that is put
+                             before a text is taken away again from the first token, and so is that of any row of
+                             tokens decode() gets: decode a whole text, or `decoder(after=...)` what goes before
+    with a normalizer        what it changes: NFC composes accents, others lower the case or join spaces
+    without bytes            characters that the vocabulary does not have
+    WordPiece                spaces and line breaks: it only knows where words end
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from entrenar.data import sentencepiece
+from entrenar.data.tokenizer_cuts import BYTE_LETTERS
+from entrenar.data.tokenizer_files import ENDS, FILE, GENERATION, SETTINGS, Companions, as_json
+from entrenar.data.tokenizer_protocol import (
+    PIECE,
+    Decoder,
+    Tokenizer,
+    TokenizerError,
+    encode_documents,
+    id_type,
+    refusal,
+    utf8,
+)
+from entrenar.data.tokenizer_spelling import Spelling, SpellingDecoder, started
+from entrenar.data.tokenizer_subword import SubwordTokenizer, ends
+from entrenar.files import write_file
+from entrenar.formats import FormatError, open_regular
+from entrenar.formats.strict_json import LIMIT, parse
 
 if TYPE_CHECKING:
     import tokenizers
 
+__all__ = ["END", "FILE", "BPETokenizer", "ByteTokenizer", "SubwordTokenizer", "Tokenizer", "TokenizerError",
+           "fingerprint", "id_type", "load_tokenizer", "pieces_of", "train_bpe"]  # fmt: skip
+
 END = "<|endoftext|>"
-FILE = "tokenizer.json"
 LEARN_FROM = 1 << 25  # characters, about: of a larger corpus the BPE is learned from every n-th piece
-SLAB = 1 << 20  # characters encoded in one call of the library
-PIECE = 1 << 16  # characters: long documents are encoded in pieces of about this size, in parallel
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")  # a line break between two unindented lines
-
-
-class TokenizerError(ValueError):
-    """There is no usable tokenizer; the message says where it was looked for, and what is wrong."""
-
-
-class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
-
-    kind: str
-    vocab_size: int
-    end_id: int
-
-    def encode(self, text: str | bytes) -> np.ndarray: ...
-    def encode_documents(self, documents: Sequence[str]) -> np.ndarray: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
-    def byte_lengths(self) -> np.ndarray: ...
-    def save(self, folder: str | Path) -> None: ...
-
-
-class BPETokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019): nothing is unknown."""
-
-    kind = "bpe"
-
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        end = inner.token_to_id(END)
-        if end is None:
-            raise TokenizerError(f"tokenizer: the vocabulary has no {END!r}")
-        inner.encode_special_tokens = True  # the characters "<|endoftext|>" in a text are text
-        self.inner, self.end_id, self.vocab_size = inner, end, inner.get_vocab_size()
-        self.type = id_type(self.vocab_size)
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids (n,) of one text; no end token is added."""
-        return np.array(self.inner.encode(_text(text), add_special_tokens=False).ids, self.type)
-
-    def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        """Token ids (n,) of all documents, an end token after each; on all cores."""
-        end = np.array([self.end_id], self.type)
-        parts = []
-        for slab in _slabs(documents):
-            encoded = self.inner.encode_batch_fast([text for text, _ in slab], add_special_tokens=False)
-            for one, (_, last) in zip(encoded, slab, strict=True):
-                parts += [np.array(one.ids, self.type), end] if last else [np.array(one.ids, self.type)]
-        return np.concatenate(parts) if parts else np.empty(0, self.type)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of these tokens; bytes that are no UTF-8 (a cut character) become U+FFFD, end tokens show."""
-        return self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def byte_lengths(self) -> np.ndarray:
-        """(V,) how many bytes of text each token stands for; 0 for the end token."""
-        tokens = [self.inner.id_to_token(i) or "" for i in range(self.vocab_size)]
-        return np.array([0 if token == END else len(token) for token in tokens])  # one letter, one byte
-
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json."""
-        _save(self.inner, folder)
 
 
 class ByteTokenizer:
     """One token per byte: id = the byte's value, and 256 ends a document."""
 
     kind, vocab_size, end_id, type = "bytes", 257, 256, np.dtype(np.uint16)
+    begin_id: int | None = 256
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        raw = text.encode() if isinstance(text, str) else text
+        """Token ids (n,) of one text, or of any bytes; no end token is added."""
+        raw = utf8(text) if isinstance(text, str) else text
         return np.frombuffer(raw, np.uint8).astype(self.type)
 
+    def encode_batch(self, texts: Sequence[str], *, continued: Sequence[bool] | None = None) -> list[np.ndarray]:
+        """Token ids (n,) of each text."""
+        return [self.encode(text) for text in texts]
+
+    def cut(self, text: str, at: int) -> int | None:
+        """Anywhere."""
+        return max(1, at) if max(1, at) < len(text) else None
+
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        end = np.array([self.end_id], self.type)
-        parts = [part for document in documents for part in (self.encode(document), end)]
-        return np.concatenate(parts) if parts else np.empty(0, self.type)
+        """Token ids (n,) of all documents, an end token after each."""
+        return encode_documents(self, documents)
 
     def decode(self, ids: Iterable[int]) -> str:
-        pieces = (END.encode() if i == self.end_id else bytes((i,)) for i in map(int, ids))
-        return b"".join(pieces).decode("utf-8", "replace")
+        """Text of these tokens; bytes that are no UTF-8 (a cut character) become U+FFFD, end tokens show."""
+        return _BYTES.text(ids)
+
+    def decoder(self, after: Iterable[int] = ()) -> Decoder:
+        """Decodes token by token; see SubwordTokenizer.decoder."""
+        return started(SpellingDecoder(_BYTES), after)
 
     def byte_lengths(self) -> np.ndarray:
         return np.array([1] * 256 + [0])
 
     def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json: a BPE without merges."""
         from tokenizers import AddedToken, Tokenizer, models
 
-        vocab = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        vocab = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
         inner = _byte_level(Tokenizer(models.BPE(vocab=vocab, merges=[])), words=False)
         inner.add_special_tokens([AddedToken(END, special=True)])
-        _save(inner, folder)
+        write_file(Path(folder, FILE), inner.to_str())
+        write_file(Path(folder, SETTINGS), as_json(_OWN_SETTINGS))
+
+
+class BPETokenizer(SubwordTokenizer):
+    """Byte-level BPE (Sennrich et al. 2016; over bytes: Radford et al. 2019), our own: nothing is unknown."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        end = inner.token_to_id(END)
+        if end is None:
+            raise TokenizerError(f"tokenizer: the vocabulary has no {END!r}")
+        super().__init__(inner, end_id=end, begin_id=end)
 
 
 def train_bpe(documents: Sequence[str], *, vocab_size: int) -> BPETokenizer:
@@ -139,36 +135,41 @@ def train_bpe(documents: Sequence[str], *, vocab_size: int) -> BPETokenizer:
     return BPETokenizer(inner)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read back what `save` wrote, from the folder or from the tokenizer.json itself.
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a folder (tokenizer.json, else tokenizer.model), or in such a file itself.
 
-    Raises TokenizerError where there is none, or none with an end token.
+    The folder may be one that `save` wrote, or a model's in Hugging Face's layout. The files beside it say which
+    tokens begin and end a text (tokenizer_files.py).
+    Raises TokenizerError where there is none, none with an end token, or a broken one.
     """
-    from tokenizers import Tokenizer as Inner
-
-    path = Path(folder)
-    path = path / FILE if path.is_dir() else path
+    file = _file(Path(path))
     try:
-        text = path.read_text(encoding="utf-8")
-        inner = Inner.from_str(text)
+        beside = Companions.beside(file.parent)
+        if file.suffix == ".model":
+            return _from_model(file, beside)
+        return _from_json(file, beside)
+    except FormatError as error:
+        raise TokenizerError(f"tokenizer: {error}") from None
     except OSError as error:
-        raise TokenizerError(f"tokenizer: cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # the library raises a bare Exception
-        raise TokenizerError(f"tokenizer: {path} is no tokenizer.json: {error}") from None
-    plain = inner.get_vocab_size() == 257 and not json.loads(text)["model"].get("merges")
-    return ByteTokenizer() if plain and inner.token_to_id(END) == 256 else BPETokenizer(inner)
+        raise TokenizerError(f"tokenizer: cannot read {error.filename or file}: {error.strerror}") from None
 
 
-def id_type(vocab_size: int) -> np.dtype:
-    """The smallest unsigned type that holds every id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+def fingerprint(path: str | Path) -> str:
+    """A hash of every file that load_tokenizer reads: it changes when the tokenizer may."""
+    file = _file(Path(path))
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (file.name, *Companions.READ):
+        with contextlib.suppress(OSError):
+            raw = (file.parent / name).read_bytes()
+            digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
+    return digest.hexdigest()
 
 
 def pieces_of(document: str) -> Iterator[str]:
-    """The document in pieces of about PIECE characters, cut where no token can span the cut.
+    """The document in pieces of about PIECE characters, cut where no word of our own BPE can span the cut.
 
-    The words of byte-level BPE never run over a line break between two unindented lines, so that the tokens
-    of the pieces, joined, are exactly the tokens of the document.
+    Its words never run over a line break between two unindented lines, so that the tokens of the pieces, joined,
+    are exactly the tokens of the document.
     """
     start = 0
     while len(document) - start > PIECE:
@@ -181,27 +182,75 @@ def pieces_of(document: str) -> Iterator[str]:
         yield document[start:]
 
 
-def _slabs(documents: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
-    """All pieces as (text, whether it ends its document), about SLAB characters at a time.
-
-    The library's encodings take some 100 bytes per token: all of a corpus at once would fill the memory.
-    """
-    slab: list[tuple[str, bool]] = []
-    size = 0
-    for document in documents:
-        pieces = list(pieces_of(document)) or [""]
-        for i, piece in enumerate(pieces, 1):
-            slab.append((piece, i == len(pieces)))
-            size += len(piece)
-        if size >= SLAB:
-            yield slab
-            slab, size = [], 0
-    if slab:
-        yield slab
+def _file(path: Path) -> Path:
+    """The file that `path` means, a tokenizer.json rather than a tokenizer.model."""
+    if not path.is_dir():
+        return path
+    for name in (FILE, sentencepiece.FILE):
+        if (path / name).exists():
+            return path / name
+    raise TokenizerError(f"tokenizer: cannot read {path}: it holds neither a {FILE} nor a {sentencepiece.FILE}")
 
 
-def _text(text: str | bytes) -> str:
-    return text if isinstance(text, str) else text.decode("utf-8")
+def _from_json(file: Path, beside: Companions) -> Tokenizer:
+    from tokenizers import Tokenizer as Inner
+
+    opened, size = open_regular(file)
+    with opened:
+        if size > LIMIT:
+            raise FormatError(f"{file}: has {size:,} bytes; a {FILE} has at most {LIMIT:,}")
+        raw = opened.read(LIMIT)
+    made = parse(raw, str(file))
+    if not isinstance(made, dict) or not isinstance(made.get("model"), dict):
+        raise FormatError(f"{file} is no {FILE}: wanted an object with a 'model'")
+    try:
+        inner = Inner.from_str(raw.decode())
+    except BaseException as error:
+        raise refusal(error, f"tokenizer: {file} is no {FILE} of the tokenizers library") from None
+    if _is_bytes(inner, made["model"]):
+        return ByteTokenizer()
+    end, begin = _found(file, inner, beside)
+    return SubwordTokenizer(inner, end_id=end, begin_id=begin, unknown=_unknown(made["model"]),
+                            files=beside.kept | {FILE: raw})  # fmt: skip
+
+
+def _from_model(file: Path, beside: Companions) -> Tokenizer:
+    model = sentencepiece.read_model(file)
+    try:
+        inner = model.tokenizer()
+    except FormatError:
+        raise
+    except BaseException as error:
+        raise refusal(error, f"tokenizer: {file} cannot be used") from None
+    end, begin = _found(file, inner, beside, model)
+    return SubwordTokenizer(inner, end_id=end, begin_id=begin, unknown=model.pieces[model.unk_id].text,
+                            files=beside.kept | {sentencepiece.FILE: file.read_bytes()})  # fmt: skip
+
+
+def _found(file: Path, inner: tokenizers.Tokenizer, beside: Companions,
+           model: sentencepiece.SentencePiece | None = None) -> tuple[int, int | None]:  # fmt: skip
+    """The tokens that end and begin a text; an end token there must be."""
+    end, begin = ends(inner, beside, model)
+    if end is None:
+        raise TokenizerError(
+            f"tokenizer: {file} has no token that ends a text: no file in {file.parent} names one that it has "
+            f"(eos_token_id in {GENERATION} or config.json, eos_token in {SETTINGS} or special_tokens_map.json), and "
+            f"it has none of {', '.join(ENDS)}; name it as eos_token in {SETTINGS}"
+        )
+    return end, begin
+
+
+def _is_bytes(inner: tokenizers.Tokenizer, model: dict[str, Any]) -> bool:
+    """Whether this is what ByteTokenizer.save writes."""
+    letters = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+    return inner.get_vocab() == letters | {END: 256} and not model.get("merges")
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The text of the token for unknown characters, in a tokenizer.json's model that the library has read."""
+    if model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
 
 
 def _byte_level(inner: tokenizers.Tokenizer, *, words: bool) -> tokenizers.Tokenizer:
@@ -212,20 +261,12 @@ def _byte_level(inner: tokenizers.Tokenizer, *, words: bool) -> tokenizers.Token
     return inner
 
 
-def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in tokenizer.json: itself, or one from U+0100 on (as in GPT-2)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _save(inner: tokenizers.Tokenizer, folder: str | Path) -> None:
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,
-    }
-    Path(folder, FILE).write_text(inner.to_str(pretty=False), encoding="utf-8")
-    Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+_OWN_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": END,
+    "eos_token": END,
+    "clean_up_tokenization_spaces": False,
+    "add_prefix_space": False,
+}
+_SPELLED = [bytes((byte,)) for byte in range(256)] + [END.encode()]
+_BYTES = Spelling(_SPELLED, _SPELLED)

@@ -1,10 +1,16 @@
-"""Generation: one token at a time, each read once, its keys and values kept in a cache."""
+"""Generation: one token at a time, each read once, its keys and values kept in a cache.
+
+Knows tokens only: text, stop strings and streaming are cli/generate.py's.
+"""
 
 # V vocabulary
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,34 +19,155 @@ from entrenar.llama.model import KVCache, Llama
 from entrenar.tensor import no_grad
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits z (V,), in this order: transformers' (llama.cpp's temperature comes last).
+
+    repetition_penalty  of tokens that are in the text already: z / r where z > 0, z * r elsewhere; 1: none
+                        (Keskar et al. 2019, "CTRL")
+    temperature         p = softmax(z / temperature); 0: the most probable token, always
+    top_k               only the k most probable tokens; 0: all
+    top_p               only the fewest that together have probability top_p (Holtzman et al. 2020, nucleus sampling)
+    min_p               only those with p >= min_p * max p (Nguyen et al. 2024); 0: all
+
+    Each filter sees what the ones before it left, as probabilities that sum to 1; the most probable token always
+    stays, and of equally probable ones those of lower id come first.
+
+    Raises ValueError with every field that is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if wrong := list(self._problems()):
+            raise ValueError("sampling: " + "; ".join(wrong))
+
+    def _problems(self) -> Iterator[str]:
+        if not 0 <= self.temperature < math.inf:
+            yield f"temperature = {self.temperature!r}: wanted a finite number of at least 0"
+        if not _is_whole(self.top_k) or self.top_k < 0:
+            yield f"top_k = {self.top_k!r}: wanted a whole number of at least 0 (0: all tokens)"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p = {self.top_p!r}: wanted a number above 0, at most 1"
+        if not 0 <= self.min_p <= 1:
+            yield f"min_p = {self.min_p!r}: wanted a number from 0 to 1"
+        if not 0 < self.repetition_penalty < math.inf:
+            yield f"repetition_penalty = {self.repetition_penalty!r}: wanted a finite number above 0 (1: none)"
+
+
 def generate(model: Llama, ids: Sequence[int] | np.ndarray, *, max_new_tokens: int, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, rng: np.random.Generator | None = None,
-             stop: Collection[int] = (), use_cache: bool = True) -> Iterator[int]:  # fmt: skip
-    """Yield tokens that continue `ids`, one by one, each drawn by `sample` from the model's prediction.
+             top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+             rng: np.random.Generator | None = None, stop: Collection[int] = (),
+             use_cache: bool = True) -> Iterator[int]:  # fmt: skip
+    """Yield tokens that continue `ids`, one by one, each chosen from the model's prediction as `Sampling` says.
 
     Ends after `max_new_tokens`, after a token in `stop` (which is yielded), or when the model's context
     (max_position_embeddings) is full. `use_cache=False` reads everything again for each token: slower, same tokens.
 
-    Raises ValueError for an empty prompt, or one that leaves no room in the context.
+    Raises ValueError, at once, for a setting out of its range and for a prompt that is empty, has an id that is not
+    in the vocabulary, or leaves no room in the context.
     """
-    ids, limit = [int(i) for i in ids], model.config.max_position_embeddings
-    if not ids:
-        raise ValueError("generate: the prompt is empty; give at least one token")
-    if len(ids) >= limit:
-        raise ValueError(f"generate: a prompt of {len(ids)} tokens leaves no room in a context of {limit}")
+    how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    text = [operator.index(i) for i in ids]
+    _check_prompt(text, model.config.vocab_size, model.config.max_position_embeddings)
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens = {max_new_tokens}: wanted at least 0")
     rng = np.random.default_rng(0) if rng is None else rng
-    capacity = min(limit, len(ids) + max_new_tokens)
-    cache = KVCache(model.config, capacity=capacity, dtype=model.head_weight.dtype) if use_cache else None
-    unread = ids
-    for _ in range(min(max_new_tokens, limit - len(ids))):
+    return _continue(model, text, how, rng, max_new_tokens, stop, use_cache)
+
+
+def sample(logits: np.ndarray, rng: np.random.Generator, *, temperature: float = 1.0, top_k: int = 0,
+           top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+           seen: Sequence[int] = ()) -> int:  # fmt: skip
+    """One token, drawn from the `candidates` of logits (V,); `seen` is the text so far, for the repetition penalty."""
+    return _draw(logits, Sampling(temperature, top_k, top_p, min_p, repetition_penalty), seen, rng)
+
+
+def candidates(logits: np.ndarray, how: Sampling, seen: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may come next, by id, and their probabilities: (n,) and (n,), 1 <= n <= V.
+
+    Raises ValueError for logits that are NaN or +inf (weights that are no numbers any more).
+    """
+    z = _penalized(logits.astype(np.float64), seen, how.repetition_penalty)
+    best = int(np.argmax(z))  # the first NaN, where there is one
+    if not np.isfinite(z[best]):
+        raise ValueError(f"sampling: token {best} has logit {z[best]}: the model's weights hold NaN or infinity")
+    if how.temperature == 0:
+        return np.array([best]), np.ones(1)
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose exp is 0
+        p = np.exp((z - z[best]) / how.temperature)
+    ids, p = np.arange(len(p)), p / p.sum()
+    if how.top_k:
+        ids, p = _only(_top_k(p, how.top_k), ids, p)
+    if how.top_p < 1:
+        ids, p = _only(_top_p(p, how.top_p), ids, p)
+    if how.min_p:
+        ids, p = _only(_min_p(p, how.min_p), ids, p)
+    return ids, p
+
+
+def _only(keep: np.ndarray, ids: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ids[keep], p[keep] / p[keep].sum()
+
+
+# What a filter keeps: probabilities p (n,) that sum to 1 -> (n,) bool. Of equal ones those of lower id go first.
+
+
+def _top_k(p: np.ndarray, k: int) -> np.ndarray:
+    if k >= len(p):
+        return np.ones(len(p), bool)
+    least = np.partition(p, -k)[-k]
+    keep = p > least
+    keep[np.flatnonzero(p == least)[: k - np.count_nonzero(keep)]] = True
+    return keep
+
+
+def _top_p(p: np.ndarray, share: float) -> np.ndarray:
+    # What has less than (1 - share) / n comes after the others have reached `share`: it need not be sorted
+    likely = np.flatnonzero(p >= min(p.max(), (1 - share) / len(p)))
+    order = likely[np.argsort(-p[likely], kind="stable")]
+    before = np.cumsum(p[order])[:-1]  # what those before the second, third, ... have together
+    keep = np.zeros(len(p), bool)
+    keep[order[: 1 + np.searchsorted(before, share)]] = True
+    return keep
+
+
+def _min_p(p: np.ndarray, share: float) -> np.ndarray:
+    return p >= share * p.max()
+
+
+def _continue(model: Llama, text: list[int], how: Sampling, rng: np.random.Generator, max_new_tokens: int,
+              stop: Collection[int], use_cache: bool) -> Iterator[int]:  # fmt: skip
+    room = min(max_new_tokens, model.config.max_position_embeddings - len(text))
+    cache = None
+    if use_cache:
+        cache = KVCache(model.config, capacity=len(text) + room, dtype=model.head_weight.dtype)
+    unread = text
+    for _ in range(room):
         with no_grad():  # not around the yield: the caller's code is not ours to switch off
             logits = _last_logits(model, unread, cache)
-        token = sample(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = _draw(logits, how, text, rng)
         yield token
         if token in stop:
             return
-        ids = [*ids, token]
-        unread = [token] if use_cache else ids
+        text.append(token)
+        unread = [token] if use_cache else text
+
+
+def _draw(logits: np.ndarray, how: Sampling, seen: Sequence[int], rng: np.random.Generator) -> int:
+    ids, p = candidates(logits, how, seen)
+    return int(ids[0] if how.temperature == 0 else ids[rng.choice(len(p), p=p)])
+
+
+def _penalized(z: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
+    if penalty != 1 and len(seen):
+        old = z[seen]
+        z[seen] = np.where(old > 0, old / penalty, old * penalty)  # once, however often a token was seen
+    return z
 
 
 def _last_logits(model: Llama, ids: Sequence[int], cache: KVCache | None) -> np.ndarray:
@@ -48,29 +175,15 @@ def _last_logits(model: Llama, ids: Sequence[int], cache: KVCache | None) -> np.
     return kernels.matmul(last, model.head_weight.data.T)[0]
 
 
-def sample(logits: np.ndarray, rng: np.random.Generator, *, temperature: float = 1.0, top_k: int = 0,
-           top_p: float = 1.0) -> int:  # fmt: skip
-    """One token from softmax(logits / temperature), logits (V,).
+def _check_prompt(ids: Sequence[int], vocab_size: int, context: int) -> None:
+    if not ids:
+        raise ValueError("generate: the prompt is empty; give at least one token")
+    for place, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"generate: token {place} of the prompt is {token}: wanted 0 to {vocab_size - 1}")
+    if len(ids) >= context:
+        raise ValueError(f"generate: a prompt of {len(ids)} tokens leaves no room in a context of {context}")
 
-    temperature   0: the most probable token, always
-    top_k         only the k most probable tokens; 0: all
-    top_p         only the fewest tokens that together have probability top_p (Holtzman et al. 2020, nucleus sampling)
 
-    Raises ValueError for a constant out of its range.
-    """
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError(
-            f"sample: temperature = {temperature}, top_k = {top_k}, top_p = {top_p}: "
-            "wanted temperature >= 0, top_k >= 0, 0 < top_p <= 1"
-        )
-    if temperature == 0:
-        return int(np.argmax(logits))
-    order = np.argsort(-logits, kind="stable")  # most probable first
-    scaled = logits[order].astype(np.float64) / temperature
-    p = np.exp(scaled - scaled[0])
-    p /= p.sum()
-    if top_k:
-        p[top_k:] = 0
-    if top_p < 1:
-        p[1:][np.cumsum(p)[:-1] >= top_p * p.sum()] = 0
-    return int(order[rng.choice(len(p), p=p / p.sum())])
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -9,7 +9,8 @@ Source: Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Mode
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from entrenar.llama.config import LlamaConfig
 from entrenar.nn import Embedding, Linear, Module, RMSNorm
 from entrenar.ops.loss import Reduction
 from entrenar.tensor import Tensor
+
+if TYPE_CHECKING:
+    from entrenar.llama.pretrained import Saveable
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -147,6 +151,21 @@ class Llama(Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, std=config.initializer_range, dtype=dtype)
         self.rope = rope_tables(config, 0, dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: Any = np.float32, checkpointing: bool = False,
+                        allow_nonfinite: bool = False) -> Llama:  # fmt: skip
+        """The model in a folder in Hugging Face's layout; see `entrenar/llama/pretrained.py`."""
+        from entrenar.llama.pretrained import from_pretrained  # which is made of this class
+
+        return from_pretrained(folder, dtype=dtype, checkpointing=checkpointing, allow_nonfinite=allow_nonfinite)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: str = "float32", max_shard_size: int = 5 * 10**9,
+                        tokenizer: Saveable | None = None) -> Path:  # fmt: skip
+        """Write a folder in Hugging Face's layout; see `entrenar/llama/pretrained.py`."""
+        from entrenar.llama.pretrained import save_pretrained
+
+        return save_pretrained(self, folder, dtype=dtype, max_shard_size=max_shard_size, tokenizer=tokenizer)
 
     @property
     def head_weight(self) -> Tensor:

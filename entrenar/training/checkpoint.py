@@ -3,11 +3,12 @@
     model.safetensors  config.json         as Hugging Face's loaders
     tokenizer.json  tokenizer_config.json  expect them
     optimizer.safetensors                  both moments of every weight
-    state.json                             step, random state, place in the data, configuration, hashes
+    state.json                             step, random state, place in the data, configuration
+    SHA256SUMS                             the hash of every other file: `sha256sum -c SHA256SUMS` checks them too
 
 A checkpoint is written under another name, synced to the disk and renamed: a folder with the right name is
 whole. In a run's folder they are named step-000400; the links `checkpoint` and `best` lead to the newest and
-to the one with the lowest held-out loss. Leaves out resuming a run from one: everything it needs is here.
+to the one with the lowest held-out loss.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from entrenar.data import Tokenizer, load_tokenizer
+from entrenar.data import Tokenizer, TokenizerError, load_tokenizer
 from entrenar.files import new_folder, point_link
+from entrenar.formats import FormatError, safetensors
+from entrenar.formats.strict_json import read_json
 from entrenar.llama import Llama, LlamaConfig
+from entrenar.llama.pretrained import read_config
 from entrenar.optim import AdamW
 
-NEWEST, BEST, STATE = "checkpoint", "best", "state.json"
-FORMAT = 1
+NEWEST, BEST, STATE, SUMS = "checkpoint", "best", "state.json", "SHA256SUMS"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+FORMAT = 2
+STEP = re.compile(r"step-(\d{6,})")
 
 
 class CheckpointError(ValueError):
@@ -37,20 +44,18 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` found."""
+    """What `load_checkpoint` found. The arrays are views of the mapped files: nothing is in memory yet."""
 
     folder: Path
     config: LlamaConfig
-    weights: dict[str, np.ndarray]
-    optimizer: dict[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]
+    optimizer: Mapping[str, np.ndarray]
     state: dict[str, Any]
     tokenizer: Tokenizer
 
-    def model(self, *, dtype: Any = np.float32) -> Llama:
+    def model(self, *, dtype: Any = np.float32, checkpointing: bool = False) -> Llama:
         """A model with these weights."""
-        model = Llama(self.config, dtype=dtype)
-        model.load_state_dict(self.weights)
-        return model
+        return Llama.from_pretrained(self.folder, dtype=dtype, checkpointing=checkpointing)
 
 
 def save_checkpoint(folder: str | Path, *, model: Llama, tokenizer: Tokenizer, state: dict[str, Any],
@@ -61,52 +66,100 @@ def save_checkpoint(folder: str | Path, *, model: Llama, tokenizer: Tokenizer, s
     cases nothing is left behind.
     """
     with new_folder(folder) as temporary:
-        _save(model.state_dict(), temporary / "model.safetensors", metadata={"format": "pt"})
+        safetensors.save(temporary / MODEL, model.state_dict(), metadata={"format": "pt"})
         if optimizer is not None:
-            _save(optimizer.state_dict(), temporary / "optimizer.safetensors")
-        (temporary / "config.json").write_text(_json(model.config.to_dict()), encoding="utf-8")
+            safetensors.save(temporary / OPTIMIZER, optimizer.state_dict())
+        _write(temporary / "config.json", model.config.to_dict())
         tokenizer.save(temporary)
-        files = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
-        whole = {"format": FORMAT, **state, "blake2b": files}
-        (temporary / STATE).write_text(_json(whole), encoding="utf-8")
+        _write(temporary / STATE, {"format": FORMAT, **state})
+        sums = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+        (temporary / SUMS).write_text(lines, encoding="utf-8")
     return Path(folder)
 
 
 def load_checkpoint(folder: str | Path, *, check: bool = True) -> Checkpoint:
-    """Read a checkpoint, or the newest one of a run's folder.
+    """Read a checkpoint, or the newest whole one of a run's folder.
 
     check   compare every file with the hash that was kept of it
     Raises CheckpointError where files are missing, changed or unreadable.
     """
-    from safetensors.numpy import load_file
-
     folder = Path(folder)
-    if not (folder / STATE).is_file() and (folder / NEWEST / STATE).is_file():
-        folder = folder / NEWEST
+    if not (folder / STATE).is_file() and saved_steps(folder):
+        folder = newest(folder)
+    if check:
+        verify(folder)
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        wrong = [n for n, h in state["blake2b"].items() if check and _hash(folder / n) != h]
-        if wrong:
-            raise CheckpointError(f"checkpoint {folder}: not what was written: {', '.join(wrong)}")
-        config = LlamaConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        weights = load_file(folder / "model.safetensors")
-        moments = folder / "optimizer.safetensors"
-        optimizer = load_file(moments) if moments.is_file() else {}
+        state = read_json(folder / STATE)
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            found = state.get("format") if isinstance(state, dict) else type(state).__name__
+            raise CheckpointError(f"checkpoint {folder}: {STATE} has format {found!r}, this version reads {FORMAT}")
+        config = read_config(folder)
+        weights = safetensors.SafeTensors(folder / MODEL)
+        moments = folder / OPTIMIZER
+        optimizer = safetensors.SafeTensors(moments) if moments.is_file() else {}
         return Checkpoint(folder, config, weights, optimizer, state, load_tokenizer(folder))
-    except CheckpointError:
-        raise
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: {Path(error.filename or STATE).name} is missing"
-        ) from None
-    except Exception as error:  # JSON, safetensors and tokenizers have an exception each
+        missing = Path(error.filename or STATE).name
+        raise CheckpointError(f"checkpoint {folder}: {missing} is missing") from None
+    except (FormatError, TokenizerError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"checkpoint {folder}: cannot be read: {error}") from error
 
 
-def save_step(run: Path, step: int, *, best: bool = False, keep: int = 2, **parts: Any) -> Path:
+def verify(folder: Path) -> None:
+    """Compare every file with its hash. Raises CheckpointError naming those that are missing or changed."""
+    sums = read_sums(folder)
+    wrong = []
+    for name, digest in sums.items():
+        try:
+            wrong += [f"{name} is not what was written"] if _hash(folder / name) != digest else []
+        except FileNotFoundError:
+            wrong.append(f"{name} is missing")
+        except OSError as error:
+            wrong.append(f"{name} cannot be read ({error.strerror})")
+    if wrong:
+        raise CheckpointError(f"checkpoint {folder}: {', '.join(wrong)}")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256, as SHA256SUMS has them. Raises CheckpointError where it cannot be."""
+    try:
+        text = (folder / SUMS).read_bytes()[: 1 << 20].decode("ascii")
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {folder}: {SUMS} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {SUMS} cannot be read: {error}") from None
+    found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in text.splitlines()]
+    sums = {match[2]: match[1] for match in found if match}
+    if None in found or STATE not in sums or MODEL not in sums or any(name.startswith(".") for name in sums):
+        raise CheckpointError(f"checkpoint {folder}: {SUMS} is not what was written")
+    return sums
+
+
+def newest(run: Path, warn: Callable[[str], None] = lambda text: None) -> Path:
+    """The newest checkpoint of a run whose files are what was written; each newer one that is broken is told to `warn`.
+
+    Raises CheckpointError where there is none.
+    """
+    broken = []
+    for folder in reversed(saved_steps(run)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            broken.append(str(error))
+            continue
+        for text in broken:
+            warn(f"{text}; falling back to {folder.name}")
+        return folder
+    raise CheckpointError(f"{run}: no whole checkpoint" + "".join(f"; {text}" for text in broken))
+
+
+def save_step(run: Path, step: int, *, best: bool = False, keep_last_n: int = 2, **parts: Any) -> Path:
     """Write the checkpoint step-<step> of a run (`parts`: see save_checkpoint) and move the links to it.
 
-    Then delete those that are neither among the newest `keep` nor the best.
+    Then delete those that are neither among the newest `keep_last_n` nor the best.
     """
     folder = run / f"step-{step:06d}"
     if not folder.exists():
@@ -114,35 +167,51 @@ def save_step(run: Path, step: int, *, best: bool = False, keep: int = 2, **part
     point_link(run / NEWEST, folder.name)
     if best:
         point_link(run / BEST, folder.name)
-    kept = {(run / BEST).resolve(), *saved_steps(run)[-keep:]}
+    kept = {(run / BEST).resolve(), *(kept.resolve() for kept in saved_steps(run)[-keep_last_n:])}
     for old in saved_steps(run):
-        if old.resolve() not in kept and old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+        if old.resolve() not in kept:
+            _delete(old)
     return folder
 
 
 def saved_steps(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    found = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    found = [path for path in run.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def _save(arrays: dict[str, np.ndarray], file: Path, metadata: dict[str, str] | None = None) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+def clean(run: Path, step: int) -> list[str]:
+    """Make a run's folder fit to go on from `step`: sweep up what a killed write left, and set newer checkpoints aside,
+    which are broken (or the run would go on from them).
 
-    # save_file writes the memory as it lies: a transposed view would be stored scrambled
-    whole = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    try:
-        save_file(whole, file, metadata=metadata)
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(f"cannot write {file.name}: {error}") from error
+    Returns the names set aside; they keep their content under `<name>.broken`.
+    """
+    for left in run.glob(".*"):
+        if re.match(r"\.(step-\d{6,}|checkpoint|best)\.", left.name):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+    aside = [folder for folder in saved_steps(run) if int(folder.name[5:]) > step]
+    for folder in aside:
+        target = folder.with_name(f"{folder.name}.broken")
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    for link in (run / NEWEST, run / BEST):
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+    return [folder.name for folder in aside]
+
+
+def _delete(folder: Path) -> None:
+    """Under another name first: killed half way, nothing half deleted looks like a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _hash(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2) + "\n"
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

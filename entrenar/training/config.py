@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entrenar.training.budget import seconds_of
 from entrenar.training.options import SECTIONS as SECTIONS
 from entrenar.training.options import Config as Config
 from entrenar.training.options import ConfigError as ConfigError
@@ -137,7 +138,7 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> list[str]:
     try:
         size = config.model["vocab_size"]
         shape = config.llama(257 if size is None else size)
-        if t.context > shape.max_position_embeddings:
+        if t.context > shape.max_position_embeddings and not t.start_from:
             limit = f"model.max_position_embeddings = {shape.max_position_embeddings}"
             problems.append(f"{at('training.context')}: wanted at most {limit}")
     except ConfigError as error:
@@ -145,6 +146,11 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> list[str]:
         name = message.split()[0].rstrip(":,=")
         where = places.get(f"model.{name}")
         problems.append(f"{where}: {message}" if where else str(error))
+    if t.budget:
+        try:
+            seconds_of(t.budget)
+        except ValueError as error:
+            problems.append(f"{at('training.budget')}: {error}")
     room = t.steps - (lr.warmup_steps or 0)
     if room < 0:
         problems.append(f"{at('lr_schedule.warmup_steps')}: wanted at most training.steps = {t.steps}")

@@ -75,8 +75,10 @@ class Training:
     """How long, on what batches, and how the weights move."""
 
     steps: int = option(1600, "updates of the weights", low=1)
-    budget: str = option("", "time the whole run may take, as 90s, 20m or 1h30m: it chooses the steps; empty: as many as asked for")
-    start_from: str = option("", "folder of a model in Hugging Face's layout whose shape, weights and tokenizer the run begins with")
+    budget: str = option("", "time the whole run may take, as 90s, 20m or 1h30m: chooses the steps; empty: any")
+    start_from: str = option(
+        "", "folder of a model in Hugging Face's layout to begin with: its shape, weights and tokenizer"
+    )
     batch_size: int = option(8, "windows per micro-batch", low=1)
     accumulation: int = option(1, "micro-batches per update: their tokens count as one big batch", low=1)
     context: int = option(128, "tokens per window", low=2)
@@ -247,6 +249,7 @@ class Option:
             bool: "true or false",
             str: "text",
             dict: "a table",
+            list: "a list of whole numbers",
             types.NoneType: '"none"',
         }
         if choices := self.limits.get("choices"):

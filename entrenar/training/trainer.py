@@ -1,6 +1,6 @@
 """The training loop: batch, loss, backward, clip, AdamW, report; at times held-out text, a checkpoint.
 
-Knows nothing of command lines (examples/train.py) and draws nothing itself (display.py).
+Knows nothing of command lines (cli/) and of how a run begins and ends (job.py), and draws nothing itself (display.py).
 """
 
 # B batch, T time
@@ -10,27 +10,28 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
-import threading
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import numpy as np
 
 from entrenar import optim, random
-from entrenar.data import IGNORE, Batches, Prepared, batched, bits_per_byte, evaluation_windows
+from entrenar.data import IGNORE, Batches, Prepared, bits_per_byte
 from entrenar.llama import Llama, generate
-from entrenar.tensor import no_grad
-from entrenar.training import machine
-from entrenar.training.checkpoint import NEWEST, save_step
-from entrenar.training.config import Config
+from entrenar.observe.finite import Batch, Replay, explain
+from entrenar.training import budget, machine
+from entrenar.training.checkpoint import BEST, NEWEST, Checkpoint, save_step
 from entrenar.training.display import Display, HeldOut, Report
+from entrenar.training.evaluate import evaluate, stride_of
+from entrenar.training.options import Config
+from entrenar.training.signals import Requests
+from entrenar.training.spikes import SpikeWatch
 
-Batch = tuple[np.ndarray, np.ndarray]
+METRICS = "metrics.jsonl"
 
 
 class TrainingError(RuntimeError):
@@ -56,6 +57,7 @@ def accumulate_gradients(model: Llama, micro_batches: Sequence[Batch]) -> tuple[
 class Trainer:
     """One run of one model over one prepared corpus, into one folder, which it makes.
 
+    began   on time.perf_counter()'s clock: what a budget counts from
     Raises CorpusError, before it makes the folder, where the text is too short for one window.
     """
 
@@ -65,6 +67,8 @@ class Trainer:
     run: Path
     display: Display
     peak_flops: float = math.inf
+    requests: Requests = field(default_factory=Requests)
+    began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         t, lr = self.config.training, self.config.lr_schedule
@@ -76,71 +80,84 @@ class Trainer:
             eps=t.eps,
             weight_decay=t.weight_decay,
         )
-        self.step = 0
+        self.step, self.steps = 0, t.steps  # a budget moves `steps`
         self.tokens_seen = 0
-        self.stopping = ""  # why, once something asked for an end
         self.best: HeldOut | None = None
-        self.reports: list[Report] = []
+        self.reports: list[Report] = []  # the first and the last alone: metrics.jsonl has them all
         self.looks: list[HeldOut] = []
-        self.began = time.perf_counter()
+        self.spikes = SpikeWatch(t.spike_sigma)
         self.busy = 0.0  # seconds in steps alone, smoothed, per step
+        self.saved_at = time.perf_counter()
         self.run.mkdir(parents=True, exist_ok=True)
-        self.metrics: TextIO = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
+        self.metrics: TextIO = open(self.run / METRICS, "a", encoding="utf-8")
+
+    # -- the loop
 
     def train(self) -> None:
-        """All steps, or as many as come before `stop`. Raises TrainingError where the loss is not finite."""
-        c = self.config.training
-        while self.step < c.steps and not self.stopping:
+        """All steps, or as many as come before `stop`.
+
+        Raises TrainingError where the loss or its gradient is not finite, or the loss spikes and shall stop the run.
+        """
+        while self.step < self.steps and not self.stopping:
             start = time.perf_counter()
-            micro_batches = [self.batches.next() for _ in range(c.accumulation)]
+            micro_batches, starts = self._micro_batches()
             loss, tokens = accumulate_gradients(self.model, micro_batches)
             norm = optim.global_norm(self.model.parameters())
-            self._must_be_finite(loss, norm)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._not_finite(loss, norm, Replay(micro_batches, starts, self.data.place))
+            self._watch_for_spikes(loss)
             lr = self.learning_rate()
-            self.optimizer.step(lr=lr, grad_scale=optim.clip_scale(norm, c.clip_norm))
+            self.optimizer.step(lr=lr, grad_scale=optim.clip_scale(norm, self.config.training.clip_norm))
             self.optimizer.zero_grad()
             self.step += 1
             self._report(loss, norm, lr, tokens, time.perf_counter() - start)
-            if c.eval_every and self.step % c.eval_every == 0:
-                self.look()
-            if self.config.checkpointing.every and self.step % self.config.checkpointing.every == 0:
-                self.save()
+            self._between_steps()
+
+    def _micro_batches(self) -> tuple[list[Batch], list[list[int]]]:
+        """Those of one step, and where in the training tokens their windows begin."""
+        taken = [(self.batches.next(), self.batches.taken) for _ in range(self.config.training.accumulation)]
+        return [batch for batch, _ in taken], [starts for _, starts in taken]
+
+    def _between_steps(self) -> None:
+        """What is due after a step: a look at held-out text, a checkpoint, another plan."""
+        every, c = self.config.training.eval_every, self.config.checkpointing
+        if every and self.step % every == 0:
+            self.look()
+        waited = time.perf_counter() - self.saved_at
+        if (c.every and self.step % c.every == 0) or (c.minutes and waited >= 60 * c.minutes) or self.requests.save:
+            self.save()
+        if self.config.training.budget and self.step % max(1, self.steps // 50) == 0:
+            self.plan_steps()
 
     def learning_rate(self) -> float:
         """Of the step that is being made."""
         s = self.config.lr_schedule
-        return s.learning_rate * s.share(self.step, self.config.training.steps)
+        return s.learning_rate * s.share(self.step, self.steps)
+
+    @property
+    def stopping(self) -> str:
+        """Why the run shall end after the step that is being made; empty while it shall not."""
+        return self.requests.stop
 
     def stop(self, why: str) -> None:
         """End after the step that is being made."""
-        self.stopping = why
+        self.requests.stop = why
 
-    @no_grad()
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, with what came before it was resumed."""
+        return time.perf_counter() - self.began
+
+    # -- held-out text, samples
+
     def look(self, *, whole: bool = False) -> HeldOut:
         """The loss on held-out text: a fixed sample of its windows, or all of them. A new best is saved.
 
         A `stop` that comes while all of them are read makes do with the sample.
         """
-        t, start = self.config.training, time.perf_counter()
-        stride = max(1, round(t.context * (1 - t.eval_overlap)))
-        count = -(-len(self.data.held_out) // stride)
-        every = 1 if whole else max(1, count * stride // t.eval_tokens)
-        windows = evaluation_windows(self.data.held_out, first=self.data.tokenizer.end_id, context=t.context,
-                                     stride=stride, every=every)  # fmt: skip
-        lengths = self.data.tokenizer.byte_lengths()
-        nats, tokens, size = 0.0, 0, 0
-        self.model.eval()
-        for ids, targets in batched(windows, t.batch_size):
-            nats += self.model.loss(ids, targets, reduction="sum").item()
-            counted = targets[targets != IGNORE]
-            tokens, size = tokens + len(counted), size + int(lengths[counted].sum())
-            self.display.doing("reading held-out text", tokens, len(self.data.held_out) // every)
-            if whole and self.stopping:
-                return self.look()
-        self.model.train()
-
-        seen = HeldOut(self.step, nats / max(1, tokens), bits_per_byte(nats, max(1, size)), tokens, size,
-                       time.perf_counter() - start, whole)  # fmt: skip
+        seen = self._measure(whole=whole)
+        if seen is None:
+            return self.look()
         self.looks.append(seen)
         self.log("held_out", **asdict(seen))
         self.display.held_out(seen)
@@ -150,31 +167,30 @@ class Trainer:
                 self.save(best=True)
         return seen
 
-    def save(self, *, best: bool = False) -> Path:
-        """Write a checkpoint of this step."""
-        self.display.doing("saving a checkpoint")
-        return save_step(
-            self.run,
-            self.step,
-            best=best,
-            keep=self.config.checkpointing.keep_last_n,
-            model=self.model,
-            tokenizer=self.data.tokenizer,
-            optimizer=self.optimizer,
-            state=self.state(),
+    def _measure(self, *, whole: bool) -> HeldOut | None:
+        """The numbers of a look, kept nowhere; None where a `stop` ended a whole one."""
+        t, tokenizer = self.config.training, self.data.tokenizer
+        stride = stride_of(t.context, t.eval_overlap)
+        count = -(-len(self.data.held_out) // stride)
+        result = evaluate(
+            self.model,
+            self.data.held_out,
+            first=tokenizer.end_id,
+            context=t.context,
+            stride=stride,
+            batch_size=t.batch_size,
+            every=1 if whole else max(1, count * stride // t.eval_tokens),
+            lengths=tokenizer.byte_lengths(),
+            progress=lambda done, total: self.display.doing("reading held-out text", done, total),
+            stop=lambda: whole and bool(self.stopping),
         )
-
-    def state(self) -> dict[str, Any]:
-        """All that the next step depends on, beside weights and moments; and what was reached."""
-        return {
-            "step": self.step,
-            "tokens": self.tokens_seen,
-            "batches": self.batches.state(),
-            "random": random.get_state(),
-            "best": asdict(self.best) if self.best else None,
-            "data": asdict(self.data.facts),
-            "config": self.config.sections(),
-        }
+        if not result.complete:
+            return None
+        facts, size = self.data.facts, result.bytes
+        if not facts.exact_bytes:  # the tokenizer changes the text: count the bytes of the text as it was
+            size = round(size * facts.held_out_bytes / max(1, facts.held_out_token_bytes))
+        bits = bits_per_byte(result.nats, max(1, size))
+        return HeldOut(self.step, result.loss, bits, result.tokens, size, result.seconds, whole)
 
     def sample(self) -> str:
         """What the model writes after the prompt, or after the first line of the held-out text."""
@@ -191,7 +207,115 @@ class Trainer:
             rng=np.random.default_rng(t.seed),
             stop=(tokenizer.end_id,),
         )
-        return prompt + tokenizer.decode(token for token in written if token != tokenizer.end_id)
+        text = tokenizer.decode(token for token in written if token != tokenizer.end_id)
+        self.log("sample", step=self.step, prompt=prompt, text=text)
+        return prompt + text
+
+    # -- a budget of time
+
+    def plan_steps(self) -> None:
+        """Choose the number of steps so that the run ends on time, where training.budget gives one.
+
+        Before the first step the time of a step is rehearsed: on real batches, changing nothing.
+        """
+        t = self.config.training
+        if not t.budget:
+            return
+        if self.step == 0:
+            self.busy = self._rehearse()
+        sample = self.looks[-1] if self.looks else self._measure(whole=False)
+        assert sample is not None  # only a whole one can be stopped
+        whole = sample.seconds * self.data.facts.held_out_tokens / max(1, sample.tokens)
+        total = budget.seconds_of(t.budget)
+        left = total * (1 - budget.SPARE) - self.seconds
+        fit = budget.steps_that_fit(left, step=self.busy, look=sample.seconds, every=t.eval_every, last=whole)
+        steps = max(1, fit) if self.step == 0 else budget.replanned(self.steps, self.step + fit, self.step)
+        if steps != self.steps:
+            self.steps = steps
+            self.log("plan", step=self.step, steps=steps)
+            self.display.note(f"{steps:,} steps fit into {t.budget}")
+
+    def _rehearse(self, times: int = 4) -> float:
+        """Seconds of one step, the fastest of a few: forward and backward on real batches, AdamW on zeros."""
+        place, drawn = self.batches.state(), random.get_state()
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            accumulate_gradients(self.model, self._micro_batches()[0])
+            optim.global_norm(self.model.parameters())
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad[...] = 0
+            self.optimizer.step(lr=0.0)  # no gradient, no rate: moments stay zero, weights what they are
+            self.optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
+        self.optimizer.steps = 0
+        self.batches.load_state(place)
+        random.set_state(drawn)
+        return min(seconds)
+
+    # -- checkpoints
+
+    def save(self, *, best: bool = False) -> Path:
+        """Write a checkpoint of this step."""
+        self.display.doing("saving a checkpoint")
+        start, self.requests.save = time.perf_counter(), False
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
+        folder = save_step(
+            self.run,
+            self.step,
+            best=best,
+            keep_last_n=self.config.checkpointing.keep_last_n,
+            model=self.model,
+            tokenizer=self.data.tokenizer,
+            optimizer=self.optimizer,
+            state=self.state(),
+        )
+        self.saved_at = time.perf_counter()
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        self.log("checkpoint", step=self.step, folder=folder.name, bytes=size, seconds=self.saved_at - start)
+        return folder
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, beside weights and moments; and what was reached."""
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "tokens": self.tokens_seen,
+            "seconds": self.seconds,
+            "busy": self.busy,
+            "batches": self.batches.state(),
+            "random": random.get_state(),
+            "spikes": self.spikes.state(),
+            "best": asdict(self.best) if self.best else None,
+            "looks": [asdict(seen) for seen in self.looks],
+            "metrics_bytes": os.fstat(self.metrics.fileno()).st_size,
+            "data": {"folder": str(self.data.folder), "identity": self.data.identity},
+            "config": self.config.sections(),
+        }
+
+    def load_state(self, saved: Checkpoint) -> None:
+        """Stand where the checkpoint was written: the next step is the one that would have come then.
+
+        metrics.jsonl is cut back to what it held, so that no step stands there twice. The model must have the
+        checkpoint's weights already. Raises ValueError where the state does not fit this run.
+        """
+        state = saved.state
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.batches.load_state(state["batches"])
+        random.set_state(state["random"])
+        self.spikes.load_state(state["spikes"])
+        self.step, self.tokens_seen = int(state["step"]), int(state["tokens"])
+        if self.config.training.budget or self.config.training.steps == state["config"]["training"]["steps"]:
+            self.steps = int(state["steps"])
+        self.best = HeldOut(**state["best"]) if state["best"] else None
+        self.looks = [HeldOut(**seen) for seen in state["looks"]]
+        self.busy, self.began = float(state["busy"]), time.perf_counter() - float(state["seconds"])
+        if os.path.getsize(self.run / METRICS) > state["metrics_bytes"]:
+            self.metrics.truncate(state["metrics_bytes"])
+
+    # -- telling
 
     def bits(self, loss: float) -> float:
         """A training loss in nats per token as bits per byte, by the training text's bytes per token."""
@@ -206,86 +330,88 @@ class Trainer:
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.metrics.name) from error
 
+    def warn(self, text: str) -> None:
+        """Something a person should know, though the run goes on."""
+        self.log("warning", step=self.step, text=text)
+        self.display.note(text)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of what `log` could not write, and said so
             self.metrics.close()
 
     def _report(self, loss: float, norm: float, lr: float, tokens: int, seconds: float) -> None:
-        c = self.config.training
         self.tokens_seen += tokens
-        slow = self.step <= 2  # the first step is slower than all others: the second forgets it
+        slow = self.step <= 2 or not self.busy  # the first step is slower than all others: the second forgets it
         self.busy = seconds if slow else 0.95 * self.busy + 0.05 * seconds
         rate, memory = tokens / self.busy, machine.memory_used()
         report = Report(
             step=self.step,
-            steps=c.steps,
+            steps=self.steps,
             loss=loss,
             bits_per_byte=self.bits(loss),
             learning_rate=lr,
             grad_norm=norm,
             tokens=self.tokens_seen,
             tokens_per_second=rate,
-            peak_share=rate * self.model.config.flops_per_token(c.context) / self.peak_flops,
+            peak_share=rate * self.model.config.flops_per_token(self.config.training.context) / self.peak_flops,
             memory=memory,
             memory_peak=max(memory, machine.memory_peak()),  # the system's count of the peak lags behind
-            seconds=time.perf_counter() - self.began,
+            seconds=self.seconds,
             seconds_left=self._seconds_left(),
         )
-        self.reports.append(report)
+        self.reports = [*self.reports[:1], report]
         self.log("step", **asdict(report))
         self.display.step(report)
 
     def _seconds_left(self) -> float:
         """Of the steps and the looks to come, the last one at everything; of looks once there was one."""
-        c = self.config.training
-        steps = (c.steps - self.step) * self.busy
+        every = self.config.training.eval_every
+        steps = (self.steps - self.step) * self.busy
         if not self.looks:
             return steps
-        looks = c.steps // c.eval_every - self.step // c.eval_every if c.eval_every else 0
+        looks = self.steps // every - self.step // every if every else 0
         sample, held_out_tokens = self.looks[-1], self.data.facts.held_out_tokens
         return steps + sample.seconds * (looks + held_out_tokens / max(1, sample.tokens))
 
-    def _must_be_finite(self, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+    # -- when something is wrong
+
+    def _watch_for_spikes(self, loss: float) -> None:
+        t = self.config.training
+        far = self.spikes.see(loss)
+        if not far or t.on_spike == "ignore":
             return
+        what = (
+            f"step {self.step + 1}: the loss is {loss:.4f}, {far:.1f} standard deviations above its recent mean of "
+            f"{self.spikes.mean:.4f} (training.spike_sigma = {t.spike_sigma:g})"
+        )
+        if t.on_spike == "warn":
+            self.warn(what)
+            return
+        self.model.zero_grad()
+        self.log("error", step=self.step + 1, text=what)
+        raise TrainingError(
+            f"{what}; the weights were not updated, {self._kept()}. `entrenar resume {self.run}` goes on from there: "
+            "with --training.on_spike warn through this step, or with a smaller --lr_schedule.learning_rate"
+        )
+
+    def _not_finite(self, loss: float, norm: float, replay: Replay) -> None:
         what = (
             f"the loss is {loss}"
             if not math.isfinite(loss)
             else f"the gradient's norm is {norm} (loss {loss:.4f})"
         )
-        kept = (
-            f"the last checkpoint is {self.run / NEWEST}"
-            if (self.run / NEWEST).exists()
-            else "no checkpoint was written yet (--checkpointing.every)"
-        )
-        self.log("error", step=self.step + 1, loss=str(loss), grad_norm=str(norm))
+        self.display.doing("computing the step again, with checks")
+        found = explain(self.model, replay)
+        self.model.zero_grad()
+        self.log("error", step=self.step + 1, loss=str(loss), grad_norm=str(norm), text=f"{what}; {found}")
         raise TrainingError(
-            f"step {self.step + 1}: {what}; the weights were not updated, {kept}. A smaller "
+            f"step {self.step + 1}: {what}; {found}. The weights were not updated, {self._kept()}. A smaller "
             f"--lr_schedule.learning_rate (now {self.config.lr_schedule.learning_rate:g}), a longer "
             "--lr_schedule.warmup_steps or --training.clip_norm may help"
         )
 
-
-@contextlib.contextmanager
-def interruptible(stop: Callable[[str], None]) -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM calls `stop` and a second one ends the process's work at once.
-
-    Outside the main thread Python allows no signal handlers: then nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            raise KeyboardInterrupt
-        stop("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _kept(self) -> str:
+        for name in (NEWEST, BEST):
+            if (self.run / name).exists():
+                return f"the last checkpoint is {(self.run / name).resolve().name} in {self.run}"
+        return "no checkpoint was written yet (--checkpointing.every)"

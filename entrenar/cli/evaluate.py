@@ -1,0 +1,242 @@
+"""`entrenar eval`: how well a model predicts a text, in numbers that can be compared.
+
+Each file is read whole, nothing held out, an end token after every document, and each token is predicted exactly
+once. Loss and perplexity per token depend on the tokenizer; bits per byte, and perplexity per byte and per word,
+spread the same total cost over the text itself, so that models with different tokenizers can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from entrenar.cli.parser import CommandLineError
+from entrenar.cli.terminal import paint, visible
+
+if TYPE_CHECKING:
+    from entrenar.cli.models import Opened
+
+NAME = "eval"
+HELP = "say how well a model predicts a text: loss, perplexity, bits per byte"
+EXAMPLE = """
+entrenar eval runs/mine book.txt
+entrenar eval SmolLM2-135M notes/ test.jsonl --context 512 --json
+"""
+
+TOKENS = 4096  # in one batch, about, where --batch-size says nothing else
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "entrenar eval MODEL FILE... [options]"
+    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, or a folder as Hugging Face has it")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="text, JSONL, folder, pattern; -: stdin")
+    add = parser.add_argument
+    add("--context", metavar="N", type=int, help="tokens per window (default: as it was trained)")
+    add("--overlap", metavar="SHARE", type=float, default=0.5, help="of a window that was read before (default 0.5)")
+    add("--batch-size", metavar="N", type=int, help=f"windows at once (default: about {TOKENS:,} tokens)")
+    add("--json", action="store_true", help="one JSON object instead of lines")
+    add("--skip-bad", action="store_true", help="leave out files and rows that cannot be read")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate each file; returns 0. Raises CommandLineError before the model takes its time."""
+    _check(args)
+    from entrenar import kernels
+    from entrenar.cli.models import open_model
+
+    kernels.keep_freed_memory()
+    opened = open_model(args.model, warn=lambda text: print(f"entrenar eval: {text}", file=sys.stderr))
+    limit = opened.model.config.max_position_embeddings
+    context = args.context or opened.context
+    if context > limit:
+        raise CommandLineError(f"--context {context}: this model reads at most {limit:,} tokens at once")
+    batch_size = args.batch_size or max(1, TOKENS // context)
+    scores = []
+    for name in args.files:
+        scores.append(score(opened, name, context=context, overlap=args.overlap, batch_size=batch_size,
+                            skip_bad=args.skip_bad))  # fmt: skip
+        if not args.json:
+            tell(scores[-1])
+    together = total(scores)
+    if args.json:
+        settings = {"model": str(opened.folder), "context": context, "overlap": args.overlap}
+        print(json.dumps({**settings, **together.numbers(), "files": [s.numbers() for s in scores]}))
+    elif len(scores) > 1:
+        tell(together)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    wrong = []
+    for name, value in (("--context", args.context), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            wrong.append(f"{name} {value}: wanted at least 1")
+    if not 0 <= args.overlap < 1:
+        wrong.append(f"--overlap {args.overlap:g}: wanted at least 0 and less than 1")
+    if args.files.count("-") > 1:
+        wrong.append("-: standard input can be read once only")
+    if wrong:
+        raise CommandLineError("; ".join(wrong))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a text cost in nats, and what it consists of; words are what white space separates."""
+
+    source: str
+    nats: float
+    tokens: int
+    bytes: int
+    words: int
+    documents: int
+    seconds: float
+
+    def numbers(self) -> dict[str, Any]:
+        """By name, as --json has them: a perplexity that no float holds is null."""
+        from entrenar.training.evaluate import perplexity
+
+        def per(count: int) -> float | None:
+            value = perplexity(self.nats / max(1, count))
+            return value if math.isfinite(value) else None
+
+        return {
+            "source": self.source,
+            "loss": self.nats / self.tokens,
+            "perplexity": per(self.tokens),
+            "perplexity_per_word": per(self.words),
+            "perplexity_per_byte": per(self.bytes),
+            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "words": self.words,
+            "documents": self.documents,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
+
+
+def score(opened: Opened, source: str, *, context: int, overlap: float, batch_size: int,
+          skip_bad: bool = False) -> Score:  # fmt: skip
+    """Read a source and predict all of it.
+
+    Raises CorpusError where it cannot be read or holds nothing, FormatError where the model's weights are no numbers.
+    """
+    from entrenar.formats import FormatError
+    from entrenar.training.evaluate import evaluate, stride_of
+
+    text = read(opened, source, skip_bad=skip_bad)
+    first = opened.begin[0] if opened.begin else opened.tokenizer.end_id
+    with Progress(source, len(text.tokens)) as progress:
+        seen = evaluate(opened.model, text.tokens, first=first, context=context, stride=stride_of(context, overlap),
+                        batch_size=batch_size, progress=progress)  # fmt: skip
+    if not math.isfinite(seen.nats):
+        raise FormatError(f"{opened.folder}: the loss is {seen.loss}: the model's weights hold NaN or infinity")
+    return Score(source, seen.nats, seen.tokens, text.bytes, text.words, text.documents, seen.seconds)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A source as tokens (n,), and what it has been."""
+
+    tokens: np.ndarray
+    bytes: int
+    words: int
+    documents: int
+
+
+def read(opened: Opened, source: str, *, skip_bad: bool = False) -> Text:
+    """All documents of a source (data/corpus.py) as one row of tokens, an end token after each. Raises CorpusError."""
+    from entrenar.data import CorpusError, find_sources
+    from entrenar.data.documents import read_documents
+
+    parts, size, words, count = [], 0, 0, 0
+    try:
+        for _, document in read_documents(find_sources(source), skip_bad=skip_bad):
+            parts.append(opened.tokenizer.encode_documents([document]))
+            size, words, count = size + len(document.encode()), words + len(document.split()), count + 1
+    except CorpusError as error:
+        raise CorpusError(str(error).removeprefix("data.source: ")) from None
+    if not size:
+        raise CorpusError(f"{source}: holds no text; wanted at least one character to predict")
+    return Text(np.concatenate(parts), size, words, count)
+
+
+def total(scores: list[Score]) -> Score:
+    """All of them together, as if the costs had been one text's."""
+    parts = zip(*((s.nats, s.tokens, s.bytes, s.words, s.documents, s.seconds) for s in scores), strict=True)
+    nats, tokens, size, words, count, seconds = map(sum, parts)
+    return Score("together" if len(scores) > 1 else scores[0].source, nats, tokens, size, words, count, seconds)
+
+
+def tell(score: Score) -> None:
+    """The numbers on standard output: a small table on a terminal, one line of key=value pairs elsewhere."""
+    n = score.numbers()
+    if not sys.stdout.isatty():
+        values = (f"{name}={_plain(value)}" for name, value in n.items())
+        print(" ".join(values), flush=True)
+        return
+    documents = f"{score.documents:,} document{'' if score.documents == 1 else 's'}"
+    print(paint(visible(score.source), "bold"), f" {score.bytes:,} bytes in {documents}, {score.tokens:,} tokens, "
+          f"{score.seconds:,.1f} s, {n['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    for name in ("bits_per_byte", "loss", "perplexity", "perplexity_per_word", "perplexity_per_byte"):
+        print(f"  {LABELS[name]:<36} {_number(n[name])}")
+    sys.stdout.flush()
+
+
+LABELS = {
+    "bits_per_byte": "bits per byte",
+    "loss": "loss, nats per token",
+    "perplexity": "perplexity per token",
+    "perplexity_per_word": "perplexity per word",
+    "perplexity_per_byte": "perplexity per byte",
+}
+
+
+def _number(value: float | None) -> str:
+    return "beyond any float" if value is None else f"{value:,.4f}" if value < 1e6 else f"{value:.4g}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return shlex.quote(value)
+    return "inf" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class Progress:
+    """A bar on stderr where that is a terminal, nothing elsewhere: `with Progress(...) as p: p(done, total)`."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.drawn = what, total, 0.0
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            name = TextColumn("{task.description}", markup=False)
+            self.bar = Bar(name, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), transient=True,
+                           console=Console(stderr=True), auto_refresh=False)  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task(visible(self.what), total=self.total)
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self.bar is not None and (done == self.total or now - self.drawn > 0.1):  # drawing takes time too
+            self.bar.update(self.task, completed=done, refresh=True)
+            self.drawn = now
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

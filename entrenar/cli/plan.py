@@ -1,0 +1,34 @@
+"""`entrenar plan`: what a configuration would take, said before it is taken. The arithmetic is training/plan.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from entrenar.cli.configuration import add_config
+
+NAME = "plan"
+HELP = "say what a run would need: every buffer, the peak, and whether it fits"
+EXAMPLE = """
+entrenar plan examples/llama2/configs/124m.toml
+entrenar plan --model.hidden_size 512 --training.batch_size 4
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "entrenar plan [FILE.toml] [--json] [--section.key VALUE ...]"
+    parser.add_argument("file", metavar="FILE.toml", nargs="?", help="the configuration (default: that of train)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    add_config(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from entrenar.cli.parser import CommandLineError
+    from entrenar.training.config import read_config
+    from entrenar.training.plan import make_plan, render
+
+    if args.file and args.config:
+        raise CommandLineError(f"{args.file} and --config {args.config}: one configuration is wanted; leave one out")
+    plan = make_plan(read_config(args.file or args.config, args.overrides))
+    print(json.dumps({**plan.summary(), "fits": plan.fits}) if args.json else render(plan))
+    return 0

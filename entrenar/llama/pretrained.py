@@ -1,0 +1,270 @@
+"""A model as a folder in Hugging Face's layout, in and out.
+
+    config.json  generation_config.json
+    model.safetensors                                                       one file, or
+    model-00001-of-00003.safetensors  ...  model.safetensors.index.json     several, and what is in which
+    a tokenizer's files (entrenar/data), which are written here when one is given
+
+Only safetensors are read: a pytorch_model.bin is a pickle, which can run any code. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from entrenar.files import new_folder
+from entrenar.formats import FormatError, safetensors, short
+from entrenar.formats.safetensors import SafeTensors
+from entrenar.formats.strict_json import read_object
+from entrenar.llama.config import LlamaConfig
+from entrenar.llama.model import Llama
+from entrenar.nn import unfilled
+from entrenar.tensor import Tensor
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG_LIMIT, INDEX_LIMIT = 1_000_000, 16_000_000  # bytes; a LLaMA of 405 billion weights has an index of 100,000
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+BLOCK = 1 << 18  # elements converted and checked at a time: they stay in the cache
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")  # in old files: RoPE's frequencies, which follow from the config
+SHOWN = 20  # problems listed in one message
+
+
+class Saveable(Protocol):
+    """A tokenizer, as far as this file is concerned."""
+
+    def save(self, folder: Path) -> Any: ...
+
+
+# Reading
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The shape of the model in a folder. Raises FormatError where there is none, or one entrenar does not know."""
+    file = _existing(Path(folder)) / CONFIG
+    if not file.is_file():
+        raise FormatError(f"{folder}: has no {CONFIG}; wanted a folder with a model in Hugging Face's layout")
+    return LlamaConfig.from_dict(read_object(file, limit=CONFIG_LIMIT), where=str(file))
+
+
+def from_pretrained(folder: str | Path, *, dtype: Any = np.float32, checkpointing: bool = False,
+                    allow_nonfinite: bool = False) -> Llama:  # fmt: skip
+    """The model in a folder, its weights converted to `dtype`.
+
+    The files are mapped, and each weight is copied once, straight to where it stays: beside the model itself, at most
+    one tensor as the file has it is in memory.
+
+    allow_nonfinite   read weights that hold NaN or infinity too (to look for where they came from)
+    Raises FormatError: with everything in the configuration that makes it another model; with every tensor that is
+    missing, unexpected or misshapen; with every one that is not finite.
+    """
+    config = read_config(folder)
+    with contextlib.ExitStack() as opened:
+        files = _open_weights(Path(folder), opened)
+        _check_size(Path(folder), config, files)
+        with unfilled():
+            model = Llama(config, checkpointing=checkpointing, dtype=dtype)
+        own = dict(model.named_parameters())
+        _check_tensors(Path(folder), config, own, files)
+        wrong = list(_fill(own, files))
+    if wrong and not allow_nonfinite:
+        raise _refusal(Path(folder), f"not finite as {np.dtype(dtype)} (allow_nonfinite=True reads them)", wrong)
+    return model
+
+
+def _existing(folder: Path) -> Path:
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FormatError(f"{folder}: is a file; give the folder that has {CONFIG} and {WEIGHTS}")
+    way_out = ""
+    if not folder.is_absolute() and len(folder.parts) == 2:  # "meta-llama/Llama-3.2-1B"
+        way_out = f", and entrenar downloads nothing: `hf download {folder} --local-dir {folder.name}` makes one"
+    raise FormatError(f"{folder}: there is no such folder{way_out}")
+
+
+def _open_weights(folder: Path, opened: contextlib.ExitStack) -> dict[str, SafeTensors]:
+    """Every tensor's name, with the file it is in; the files are closed with `opened`."""
+    if (folder / WEIGHTS).is_file():
+        file = opened.enter_context(SafeTensors(folder / WEIGHTS))
+        return dict.fromkeys(file, file)
+    if (folder / INDEX).is_file():
+        return _open_shards(folder, opened)
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in folder.glob(pattern))
+    if pickles:
+        raise FormatError(
+            f"{folder}: has {pickles[0]}, a pickle, which can run any code and is never opened here, but no {WEIGHTS}; "
+            "load it with transformers where you trust it, and save_pretrained() writes safetensors"
+        )
+    raise FormatError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
+
+
+def _open_shards(folder: Path, opened: contextlib.ExitStack) -> dict[str, SafeTensors]:
+    where = _read_index(folder / INDEX)
+    names = sorted(set(where.values()))
+    if missing := [f"{name} is missing" for name in names if not (folder / name).is_file()]:
+        raise _refusal(folder, f"of {len(names)} files of weights", missing)
+    files = {name: opened.enter_context(SafeTensors(folder / name)) for name in names}
+    wrong = [f"{tensor} is not in {file}" for tensor, file in where.items() if tensor not in files[file]]
+    for name, file in files.items():
+        extra = (tensor for tensor in file if where.get(tensor) != name and not COMPUTED.fullmatch(tensor))
+        wrong += [f"{name} has {tensor}, which the index puts in {where.get(tensor, 'no file')}" for tensor in extra]
+    if wrong:
+        raise _refusal(folder / INDEX, "does not say what the files hold", wrong)
+    return {tensor: files[file] for tensor, file in where.items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name. (metadata.total_size is not compared: converters of tied models wrote wrong ones.)"""
+    where = read_object(path, limit=INDEX_LIMIT).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise FormatError(f"{path}: weight_map = {short(where)}: wanted file names by tensor name")
+    for tensor, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise FormatError(
+                f"{path}: weight_map puts {short(tensor)} in {short(file)}: wanted the plain name of a .safetensors "
+                "file beside it"
+            )
+    return where
+
+
+def _check_size(folder: Path, config: LlamaConfig, files: Mapping[str, SafeTensors]) -> None:
+    """Raise FormatError for a configuration far from the files' size, before anything of that size is made."""
+    have = sum(file.entries[name].size for name, file in files.items())
+    want = config.parameter_count()
+    if config.num_hidden_layers > len(files) or want > 10 * have:
+        raise FormatError(
+            f"{folder}: {CONFIG} describes {config.num_hidden_layers:,} layers with {want:,} weights in all, the files "
+            f"have {len(files):,} tensors with {have:,}: they do not belong together"
+        )
+
+
+def _check_tensors(folder: Path, config: LlamaConfig, own: Mapping[str, Tensor],
+                   files: Mapping[str, SafeTensors]) -> None:  # fmt: skip
+    wrong = [f"missing {name} {own[name].shape}" for name in own if name not in files]
+    for name, file in files.items():
+        entry = file.entries[name]
+        if name not in own:
+            wrong += _unexpected(entry, config, files)
+        elif entry.shape != own[name].shape:
+            wrong.append(f"{name} has shape {entry.shape}, wanted {own[name].shape}")
+        elif entry.dtype not in safetensors.FLOATS:
+            wrong.append(f"{name} has type {entry.dtype}, wanted one of {', '.join(safetensors.FLOATS)}")
+    if wrong:
+        raise _refusal(folder, f"the files do not hold the {len(own)} tensors {CONFIG} describes", wrong)
+
+
+def _unexpected(entry: safetensors.Entry, config: LlamaConfig, files: Mapping[str, SafeTensors]) -> list[str]:
+    """What is wrong with a tensor the model does not have: nothing, where it says what is known anyway."""
+    if COMPUTED.fullmatch(entry.name):
+        return []
+    if entry.name == HEAD and config.tie_word_embeddings and EMBEDDING in files:
+        if np.array_equal(files[HEAD][HEAD], files[EMBEDDING][EMBEDDING], equal_nan=True):
+            return []
+        return [f"{HEAD} is not {EMBEDDING}, though {CONFIG} ties them; set tie_word_embeddings to false"]
+    return [f"unexpected {entry.name} {entry.shape}"]
+
+
+def _fill(own: Mapping[str, Tensor], files: Mapping[str, SafeTensors]) -> Iterator[str]:
+    """Give every parameter its values; yield those that are not all finite."""
+    for name, tensor in own.items():
+        tensor.data = np.empty(tensor.shape, tensor.dtype)
+        lost = _copy(tensor.data.reshape(-1), files[name][name].reshape(-1))
+        files[name].release(name)
+        if lost:
+            yield f"{name} in {lost:,} of its {tensor.size:,} values"
+
+
+def _copy(out: np.ndarray, values: np.ndarray) -> int:
+    """Convert `values` into `out`, both (N,); how many are not finite."""
+    lost = 0
+    for at in range(0, out.size, BLOCK):
+        part, block = out[at : at + BLOCK], values[at : at + BLOCK]
+        if part.dtype == np.float32 and block.dtype.name == "bfloat16":
+            # The upper half of a float32; twenty times as fast as ml_dtypes' conversion
+            np.left_shift(block.view(np.uint16), 16, out=part.view(np.uint32), dtype=np.uint32)
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):  # counted below
+                part[...] = block
+        finite = np.isfinite(part)
+        lost += 0 if finite.all() else int(part.size - np.count_nonzero(finite))
+    return lost
+
+
+def _refusal(where: Path, what: str, wrong: list[str]) -> FormatError:
+    more = [f"... and {len(wrong) - SHOWN:,} more"] if len(wrong) > SHOWN else []
+    return FormatError("\n  ".join([f"{where}: {what}:", *wrong[:SHOWN], *more]))
+
+
+# Writing
+
+
+def save_pretrained(model: Llama, folder: str | Path, *, dtype: str = "float32", max_shard_size: int = 5 * 10**9,
+                    tokenizer: Saveable | None = None) -> Path:  # fmt: skip
+    """Write a model as a folder that transformers, and `from_pretrained`, load; all of it, or nothing.
+
+    dtype            what the weights are stored as: float32, bfloat16 or float16
+    max_shard_size   bytes of one file; a model with more is written as several, and an index
+    tokenizer        its files are written too
+
+    Raises FileExistsError where the folder is there and not empty, OSError where the disk refuses, ValueError for a
+    weight too big for `dtype`; nothing is left behind then.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already and is not empty")  # said before hours of writing, too
+    with new_folder(folder) as temporary:
+        write_model(temporary, model, dtype=dtype, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+    return folder
+
+
+def write_model(folder: Path, model: Llama, *, dtype: str = "float32", max_shard_size: int = 5 * 10**9) -> None:
+    """Write configuration and weights into a folder that is there; for use inside `files.new_folder`."""
+    if dtype not in STORED:
+        raise ValueError(f"save_pretrained: dtype = {dtype!r}: wanted one of {', '.join(STORED)}")
+    if max_shard_size < 1:
+        raise ValueError(f"save_pretrained: max_shard_size = {max_shard_size}: wanted at least 1 byte")
+    config = model.config.to_dict(dtype=dtype)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+    _write_json(folder / CONFIG, config)
+    _write_json(folder / GENERATION, ids)
+    shards = _shards(model.state_dict(), safetensors.numpy_dtype(STORED[dtype]).itemsize, max_shard_size)
+    for name, arrays in shards.items():
+        safetensors.save(folder / name, arrays, {"format": "pt"}, dtype=STORED[dtype])
+    if len(shards) > 1:
+        _write_json(folder / INDEX, _index(shards, safetensors.numpy_dtype(STORED[dtype]).itemsize))
+
+
+def _shards(arrays: Mapping[str, np.ndarray], itemsize: int, limit: int) -> dict[str, dict[str, np.ndarray]]:
+    """File name -> its arrays: in order, a new file whenever the next array would make one larger than `limit`."""
+    parts: list[dict[str, np.ndarray]] = [{}]
+    filled = 0
+    for name, array in arrays.items():
+        if parts[-1] and filled + array.size * itemsize > limit:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = array
+        filled += array.size * itemsize
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _index(shards: Mapping[str, Mapping[str, np.ndarray]], itemsize: int) -> dict[str, Any]:
+    size = sum(array.size for part in shards.values() for array in part.values()) * itemsize
+    where = {name: file for file, part in shards.items() for name in part}
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,153 @@
+"""Finding where a value stopped being a number: the first op, layer and token of a step whose loss is nan or inf.
+
+A step that failed is computed again, slowly, with a look at everything that passes through the engine's two doors.
+The first result that is not finite although all that went into it was is the culprit; everything after it inherits.
+"""
+
+# B batch, T time, C channels
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from entrenar import kernels
+from entrenar.llama import Llama
+from entrenar.nn import Module
+from entrenar.tensor import Op, Tensor, no_grad, watched
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+class NonFinite(ArithmeticError):
+    """An operation made a value that is not finite; `index` is where in its result, None where that says nothing."""
+
+    def __init__(self, op: str, layer: str, way: str, value: float, shape: tuple[int, ...],
+                 index: tuple[int, ...]) -> None:  # fmt: skip
+        self.op, self.layer, self.way, self.value, self.shape, self.index = op, layer, way, value, shape, index
+        super().__init__(f"{value} made by {op} in {layer} ({way})")
+
+
+class FiniteWatch:
+    """A watcher (tensor.py) that raises NonFinite at the first result, forward or backward, that is not finite."""
+
+    def __init__(self, model: Module) -> None:
+        self.names = {id(module): name or "the model" for name, module in _named_modules(model)}
+        self.stack = ["the model"]
+        self.layers: dict[int, str] = {}  # an op's number at birth -> the layer it was born in
+
+    @contextlib.contextmanager
+    def inside(self, module: Module) -> Iterator[None]:
+        self.stack.append(self.names.get(id(module), type(module).__name__))
+        try:
+            yield
+        finally:
+            self.stack.pop()
+
+    def forward(self, op: Op, inputs: Sequence[Any], out: Tensor) -> None:
+        self.layers[op.born] = self.stack[-1]
+        self._check(op, self.stack[-1], "forward", out.data)
+
+    def backward(self, op: Op, dout: np.ndarray, grads: Any) -> None:
+        for grad in grads if isinstance(grads, (tuple, list)) else ():
+            if grad is not None:
+                self._check(op, self.layers.get(op.born, "the model"), "backward", np.asarray(grad))
+
+    def _check(self, op: Op, layer: str, way: str, array: np.ndarray) -> None:
+        # A sum is finite where all its terms are, and cheap; only one that is not is worth a closer look.
+        if not np.isfinite(array.sum(dtype=np.float64)) and (index := first_nonfinite(array)) is not None:
+            raise NonFinite(op.name, layer, way, float(array[index]), array.shape, index)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The micro-batches of the step that failed, and where each of their tokens came from.
+
+    starts   per micro-batch, per row: where in the training tokens its window began
+    place    that position in words: a file, a document
+    """
+
+    micro_batches: Sequence[Batch]
+    starts: Sequence[Sequence[int]]
+    place: Callable[[int], str]
+
+
+def explain(model: Llama, replay: Replay) -> str:
+    """Compute the step again with checks on; one sentence about the first value that is not finite.
+
+    Changes the gradients (the step has failed: nobody wants them any more), never the weights.
+    """
+    for name, tensor in model.named_parameters():
+        if bad := int((~np.isfinite(tensor.data)).sum()):
+            return f"the weights themselves are not finite: {name} has {bad:,} of {tensor.size:,} values"
+    model.zero_grad()
+    for number, (ids, targets) in enumerate(replay.micro_batches):
+        try:
+            with watched(FiniteWatch(model)), np.errstate(all="ignore"):
+                model.loss(ids, targets, reduction="sum").backward()
+        except NonFinite as found:
+            return _sentence(model, replay, number, found)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, grad in grads.items():
+        if first_nonfinite(grad) is not None:
+            return f"every operation was finite, but the sum of the gradients of {name} over micro-batches is not"
+    name = max(grads, key=lambda name: kernels.sum_of_squares(grads[name]), default="none")
+    return f"computed again, every value is finite; the longest gradient is that of {name}"
+
+
+def first_nonfinite(array: np.ndarray) -> tuple[int, ...] | None:
+    """The index of the first value (in C order) that is nan or inf."""
+    finite = np.isfinite(array)
+    if finite.all():
+        return None
+    return tuple(int(i) for i in np.unravel_index(int(finite.argmin()), array.shape))
+
+
+def _sentence(model: Llama, replay: Replay, number: int, found: NonFinite) -> str:
+    ids, targets = replay.micro_batches[number]
+    what = f"the first value that is not finite is {found.value}, made by {found.op} in {found.layer} ({found.way})"
+    at = _token(found, ids.shape)
+    if at is None and not found.shape and found.way == "forward":
+        at = _worst_token(model, ids, targets)  # of the loss, which is one number for all tokens
+    if at is None:
+        return f"{what}, in micro-batch {number + 1}"
+    row, time = at
+    offset = replay.starts[number][row] + time
+    return (
+        f"{what}, in micro-batch {number + 1}, row {row + 1}, token {time + 1} (id {int(ids[row, time])}): "
+        f"training token {offset:,}, {replay.place(offset)}"
+    )
+
+
+def _token(found: NonFinite, batch: tuple[int, int]) -> tuple[int, int] | None:
+    """The row and time of a result's index, where the result has a row per token: (B, T, ...) or (B T, ...)."""
+    B, T = batch
+    if found.shape[:2] == (B, T):
+        return found.index[0], found.index[1]
+    if found.shape[:1] == (B * T,):
+        return divmod(found.index[0], T)
+    return None
+
+
+@no_grad()
+def _worst_token(model: Llama, ids: np.ndarray, targets: np.ndarray) -> tuple[int, int] | None:
+    """The first token whose own loss is not finite."""
+    hidden = model.hidden(ids).data
+    for row in range(len(ids)):
+        for time in range(ids.shape[1]):
+            logits = kernels.matmul(hidden[row, time : time + 1], model.head_weight.data.T)[0].astype(np.float64)
+            target = int(targets[row, time])
+            loss = logits.max() + np.log(np.exp(logits - logits.max()).sum()) - logits[target]
+            if target >= 0 and not np.isfinite(loss):
+                return row, time
+    return None
+
+
+def _named_modules(module: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    yield prefix.rstrip("."), module
+    for name, child in module.children():
+        yield from _named_modules(child, f"{prefix}{name}.")

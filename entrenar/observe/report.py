@@ -1,0 +1,451 @@
+"""report.html: one run on one page, made of the run's own files, complete in itself: it opens from a disk, offline.
+
+`write_report(run)` may be called at any time and as often as wanted, of a run that goes on, ended, or crashed. The same
+files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from entrenar.files import write_file
+from entrenar.observe.figures import curves
+from entrenar.observe.page import details, document, duration, facts, large, moment, section, size, table, text
+from entrenar.observe.record import Event, Record, finite, whole
+from entrenar.observe.record import table as as_table
+from entrenar.observe.series import smooth
+
+FILE = "report.html"
+MOST_OPTIONS, MOST_BUFFERS = 200, 60  # rows shown of what a file may have any number of
+
+
+def write_report(run: str | Path) -> Path:
+    """Make RUN/report.html of the run's files, and return its path.
+
+    Raises FileNotFoundError or NotADirectoryError where there is no such folder, OSError where it cannot be written.
+    """
+    path = Path(run) / FILE
+    write_file(path, render_report(run))
+    return path
+
+
+def render_report(run: str | Path) -> str:
+    """The page, as the text of an HTML file. Raises as `write_report` does."""
+    run = Path(run)
+    if not run.is_dir():
+        wrong = NotADirectoryError if run.exists() else FileNotFoundError
+        raise wrong(f"{run}: no folder of a run; wanted the folder that `entrenar train` made")
+    record = Record(run)
+    content = (
+        _top(record)
+        + section("curves", "Curves", curves(record))
+        + section("samples", "What it wrote", _samples(record))
+        + section("memory-plan", "Memory: plan and measurement", _plan(record))
+        + section("configuration", "Configuration", _configuration(record))
+        + section("environment", "Machine and software", _environment(record))
+        + section("data", "Data", _data(record))
+        + section("events", "Events", _events(record))
+        + section("next", "How to go on", _next(record))
+        + "<footer>Written by entrenar from this run’s metrics.jsonl, config.toml and sample.txt.</footer>\n"
+    )
+    return document(_title(record), content)
+
+
+# --- in words -----------------------------------------------------------------------------------------------
+
+
+def _title(record: Record) -> str:
+    begun = record.option("training", "start_from")
+    verb = "goes on to learn" if isinstance(begun, str) and begun else "learns"
+    return f"A LLaMA {verb} {text(_subject(record), 100)}"
+
+
+def _subject(record: Record) -> str:
+    """What is learned, by the name people give it."""
+    source = as_table(record.start.get("data")).get("source") or record.option("data", "source")
+    if not isinstance(source, str) or not source:
+        return "a text of which no name is known"
+    if source == "stdlib:":
+        return "Python’s standard library"
+    return "standard input" if source == "-" else source.rstrip("/").rpartition("/")[2] or source
+
+
+def _top(record: Record) -> str:
+    under = [part for part in (_shape(record), text(str(record.run), 200)) if part]
+    notes = "".join(f'<p class="note">{text(note)}</p>\n' for note in record.notes)
+    if record.error is not None:
+        notes = f'<p class="note failed">{_error(record.error)}</p>\n' + notes
+    return (
+        f'<header>\n<h1>{_title(record)}</h1>\n<p class="under">{" · ".join(under)}</p>\n'
+        f'<p class="lede">{_outcome(record)}</p>\n</header>\n{notes}{_tiles(record)}'
+    )
+
+
+def _shape(record: Record) -> str:
+    model = as_table(record.start.get("model"))
+    parameters = whole(model.get("parameters"))
+    words = [f"{large(parameters)} parameters" if parameters else ""]
+    shape = as_table(record.config.get("model")) | model
+    for name, form in (("num_hidden_layers", "{:,} layers"), ("hidden_size", "{:,} wide"),
+                       ("vocab_size", "vocabulary {:,}")):  # fmt: skip
+        if (value := whole(shape.get(name))) is not None:
+            words.append(form.format(value))
+    return ", ".join(word for word in words if word)
+
+
+def _outcome(record: Record) -> str:
+    """What came out, and how the run ended, in sentences."""
+    return " ".join(sentence for sentence in (_state(record), _reached(record), _took(record)) if sentence)
+
+
+def _state(record: Record) -> str:
+    step, steps = record.last_step, _steps(record)
+    of = f"{step:,} of {steps:,} steps" if steps and steps > step else f"{step:,} {'step' if step == 1 else 'steps'}"
+    stopped = (record.end or {}).get("stopped")
+    if record.error is not None:
+        return f'<span class="state failed">failed</span> Training failed after {of}.'
+    if record.end is not None and stopped:
+        return f'<span class="state stopped">stopped</span> {text(stopped, 80)} ended it after {of}.'
+    if record.end is not None:
+        return '<span class="state finished">finished</span>'
+    if not record.last:
+        return '<span class="state">no steps</span> No step of this run is recorded yet.'
+    return f'<span class="state">not ended</span> After {of} this run goes on, or was killed: its end is not recorded.'
+
+
+def _steps(record: Record) -> int | None:
+    """How many the run was to make."""
+    planned = whole(record.last.get("steps"))
+    return planned if planned is not None else whole(record.option("training", "steps"))
+
+
+def _reached(record: Record) -> str:
+    bits = finite(record.look.get("bits_per_byte"))
+    levels = [f"{name} {value:.2f}" for name, value in record.levels()]
+    beside = f" ({', '.join(reversed(levels))})" if levels else ""
+    if bits:
+        part = "text it never saw" if record.look.get("whole") else "a sample of text it never saw"
+        return f"<b>{bits:.2f} bits per byte</b> on {part}{beside}."
+    train = record.series["bits_per_byte"].columns()
+    if train:
+        bits = smooth(train)[-1].mean
+        return f"<b>{bits:.2f} bits per byte</b> on its training text; held-out text was not read yet{beside}."
+    return ""
+
+
+def _took(record: Record) -> str:
+    if not record.seconds:
+        return ""
+    threads = whole(as_table(record.start.get("machine")).get("threads"))
+    on = f" on {threads} {'thread' if threads == 1 else 'threads'}" if threads else ""
+    return f"{duration(record.seconds)} of training{on}."
+
+
+def _error(event: Event) -> str:
+    """The error, and after which step, unless it says so itself."""
+    told, step = _told(event), whole(event.get("step"))
+    return text(told, 600) if step is None or told.startswith("step") else f"Step {step:,}: {text(told, 600)}"
+
+
+def _told(event: Event) -> str:
+    """What an event says in words; of an error without words, its numbers."""
+    if isinstance(event.get("text"), str):
+        return event["text"]
+    return ", ".join(f"{name} {event[name]}" for name in ("loss", "grad_norm") if name in event)
+
+
+# --- key numbers --------------------------------------------------------------------------------------------
+
+
+def _tiles(record: Record) -> str:
+    made = [tile for tile in (_tile_held_out(record), _tile_training(record), _tile_steps(record), _tile_tokens(record),
+                              _tile_speed(record), _tile_memory(record)) if tile]  # fmt: skip
+    tiles = "".join(
+        f'<div><dt>{name}</dt><dd class="value">{value}</dd><dd class="more">{more}</dd></div>'
+        for name, value, more in made
+    )
+    return f'<dl class="tiles">{tiles}</dl>\n' if tiles else ""
+
+
+Tile = tuple[str, str, str] | None
+
+
+def _tile_held_out(record: Record) -> Tile:
+    if not (bits := finite(record.look.get("bits_per_byte"))):
+        return None
+    size_read = whole(record.look.get("bytes"))
+    part = "all" if record.look.get("whole") else "a sample of"
+    more = f"{part} {size_read:,} bytes" if size_read is not None else ""
+    return "Held out", f"{bits:.3f} <small>bits/byte</small>", more
+
+
+def _tile_training(record: Record) -> Tile:
+    columns = record.series["bits_per_byte"].columns()
+    if not columns:
+        return None
+    bits, loss = smooth(columns)[-1].mean, finite(record.last.get("loss"))
+    return "Training", f"{bits:.3f} <small>bits/byte</small>", f"last loss {loss:.3f} nats" if loss else ""
+
+
+def _tile_steps(record: Record) -> Tile:
+    if not record.last:
+        return None
+    steps = _steps(record)
+    more = "all of them" if steps == record.last_step else f"of {steps:,}" if steps else ""
+    return "Steps", f"{record.last_step:,}", more
+
+
+def _tile_tokens(record: Record) -> Tile:
+    tokens = finite(record.last.get("tokens"))
+    whole_text = finite(as_table(record.start.get("data")).get("train_tokens"))
+    if not tokens:
+        return None
+    times = tokens / whole_text if whole_text else 0
+    more = f"{times:.2f} times the training text" if 0 < times < 10 else f"{times:,.0f} times the training text"
+    return "Tokens", large(tokens), more if times else ""
+
+
+def _tile_speed(record: Record) -> Tile:
+    if not record.tokens_per_second:
+        return None
+    share = finite(record.last.get("peak_share"))
+    last = finite(record.last.get("tokens_per_second"))
+    if share and last:  # of the newest step; the mean speed has the same share of the same peak
+        share *= record.tokens_per_second / last
+    more = f"mean; {share:.0%} of the machine’s peak" if share else "mean"
+    return "Speed", f"{record.tokens_per_second:,.0f} <small>tokens/s</small>", more
+
+
+def _tile_memory(record: Record) -> Tile:
+    measured, planned = record.peak, finite(record.plan.get("peak"))
+    if not measured:
+        return None
+    more = f"{size(planned)} planned, {_difference(measured, planned)}" if planned else ""
+    return "Memory, peak", size(measured), more
+
+
+def _difference(measured: float, planned: float) -> str:
+    return f"{measured / planned - 1:+.1%}".replace("-", "−")
+
+
+# --- samples ------------------------------------------------------------------------------------------------
+
+
+def _samples(record: Record) -> str:
+    """The newest sample, and behind a click the earlier ones, from the first."""
+    oldest, newest = record.samples.in_order()
+    last = "".join(_sample_parts(newest[-1])).strip() if newest else ""
+    shown = _sample(newest[-1]) if newest else ""
+    if record.sample.strip() and record.sample.strip()[:1000] != last[:1000]:  # events are clipped, the file is not
+        shown = f'<pre class="wrap">{text(record.sample, 4000)}</pre>' + (f"\n{shown}" if shown else "")
+    earlier = [part for event in (*oldest, *newest[:-1]) if (part := _sample(event))]
+    if record.samples.left_out:
+        earlier.insert(len(oldest), f'<p class="small grey">{record.samples.left_out:,} more are in metrics.jsonl.</p>')
+    return shown + (details("Earlier samples", "\n".join(earlier)) if earlier else "")
+
+
+def _sample_parts(event: Event) -> tuple[str, str]:
+    """Prompt and continuation."""
+    prompt, written = event.get("prompt"), event.get("text")
+    prompt = prompt if isinstance(prompt, str) else ""
+    written = written if isinstance(written, str) else ""
+    return prompt, written.removeprefix(prompt)
+
+
+def _sample(event: Event) -> str:
+    prompt, written = _sample_parts(event)
+    if not prompt and not written:
+        return ""
+    step = whole(event.get("step"))
+    head = f"After step {step:,}" if step is not None else "At some step"
+    body = f'<span class="prompt">{text(prompt, 1000)}</span>{text(written, 3000)}'
+    return f'<h3>{head}</h3>\n<pre class="wrap">{body}</pre>'
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def _plan(record: Record) -> str:
+    plan, measured = record.plan, record.peak
+    planned, limit = finite(plan.get("peak")), finite(plan.get("limit"))
+    buffers = _buffers(plan.get("buffers"))
+    if not planned and not buffers:
+        return f"<p>No plan was recorded. At most {size(measured)} were resident.</p>" if measured else ""
+    most = max([count for _, count, _ in buffers] or [1]) or 1
+    rows = [
+        (name, size(count), f'<i style="width:{100 * count / most:.1f}%"></i>' if count > 0 else "", note)
+        for name, count, note in buffers[:MOST_BUFFERS]
+    ]
+    noted = any(note for *_, note in rows)
+    head = ["buffer", "planned", "", *(["note"] if noted else [])]
+    body = table("What the plan counts", head, [row[: len(head)] for row in rows], numbers=[1], bar=2)
+    peak = [
+        ("Planned peak", size(planned) if planned else ""),
+        ("Measured peak", size(measured) if measured else "not known"),
+        ("Difference", _difference(measured, planned) if measured and planned else ""),
+        ("Limit", f"{size(limit)}, of which {max(measured, planned) / limit:.1%} were needed" if limit else ""),
+    ]
+    return facts(peak) + (f'<div class="gap">{body}</div>' if rows else "")
+
+
+def _buffers(value: Any) -> list[tuple[str, float, str]]:
+    """[name, bytes] or [name, bytes, note] rows of the plan, largest first where the file has them in no order."""
+    rows = []
+    for entry in value if isinstance(value, list) else []:
+        if isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str):
+            note = entry[2] if len(entry) > 2 and isinstance(entry[2], str) else ""
+            rows.append((text(entry[0], 80), finite(entry[1]), text(note, 160)))
+    return rows
+
+
+# --- configuration, machine, data ---------------------------------------------------------------------------
+
+
+def _configuration(record: Record) -> str:
+    every = [
+        (f"{part}.{name}", value, as_table(record.defaults.get(part)).get(name, value))
+        for part, options in record.config.items()
+        for name, value in as_table(options).items()
+    ]
+    if not every:
+        return ""
+    changed = [entry for entry in every if text(entry[1]) != text(entry[2])]
+    same = [entry for entry in every if text(entry[1]) == text(entry[2])]
+    shown = ""
+    if changed:
+        rows = [(_code(name), _code(value), _code(default)) for name, value, default in changed[:MOST_OPTIONS]]
+        shown = table("Options that differ from the defaults", ["option", "value", "default"], rows)
+    elif record.defaults:
+        shown = "<p>Every option has its default.</p>"
+    pairs = [(_code(name), _code(value)) for name, value, _ in same[: MOST_OPTIONS - len(changed[:MOST_OPTIONS])]]
+    more = f"<p>{len(every) - MOST_OPTIONS:,} more.</p>" if len(every) > MOST_OPTIONS else ""
+    title = f"{len(same):,} options with their defaults" if record.defaults else f"All {len(same):,} options"
+    return shown + (details(title, table("Options", ["option", "value"], pairs, caption=False) + more) if pairs else "")
+
+
+def _code(value: Any) -> str:
+    return f"<code>{text(value, 160) or '&quot;&quot;'}</code>"
+
+
+def _environment(record: Record) -> str:
+    machine = as_table(record.start.get("machine"))
+    versions = as_table(record.start.get("versions"))
+    rows = _machine(machine)
+    rows += [(text(name, 40), text(value, 40)) for name, value in list(versions.items())[:20]]
+    now = as_table(record.resumed.get("machine"))
+    before, step = _machine(machine), whole(record.resumed.get("step"))
+    later = f"after step {step:,}" if step is not None else "later"
+    rows += [(f"{name}, {later}", value) for name, value in _machine(now) if (name, value) not in before]
+    return facts(rows) if rows else ""
+
+
+def _machine(machine: Event) -> list[tuple[str, str]]:
+    peak, limit = finite(machine.get("peak_flops")), finite(machine.get("memory_limit"))
+    threads = whole(machine.get("threads"))
+    rows = [
+        ("Processor", text(machine["cpu"], 80) if "cpu" in machine else ""),
+        ("Threads", f"{threads:,}" if threads is not None else ""),
+        ("Kernels", text(machine["kernels"], 40) if "kernels" in machine else ""),
+        ("Measured peak", f"{peak / 1e9:,.0f} GFLOP/s" if peak else ""),
+        ("Memory limit", size(limit) if limit else ""),
+    ]
+    return [row for row in rows if row[1]]
+
+
+DATA = (
+    ("train", "For training"),
+    ("held_out", "Held out"),
+)
+
+
+def _data(record: Record) -> str:
+    told = as_table(record.start.get("data"))
+    if not told:
+        return ""
+    rows = [("Source", text(told.get("source", ""), 300))]
+    for side, name in DATA:
+        parts = []
+        for what in ("documents", "bytes", "tokens"):
+            if (count := whole(told.get(f"{side}_{what}"))) is not None:
+                parts.append(f"{count:,} {what.removesuffix('s') if count == 1 else what}")
+        rows.append((name, ", ".join(parts)))
+    size_read, tokens = finite(told.get("train_bytes")), finite(told.get("train_tokens"))
+    rows.append(("Bytes per token", f"{size_read / tokens:.2f}" if size_read and tokens else ""))
+    rows += [(name, f"{bits:.3f} bits per held-out byte") for name, bits in record.levels()]
+    known = {"source", "gzip_bits", "xz_bits", "skipped"}
+    known |= {f"{side}_{what}" for side, _ in DATA for what in ("documents", "bytes", "tokens")}
+    others = [(name, value) for name, value in told.items() if name not in known and value not in ("", None, [], {})]
+    rows += [(text(name.replace("_", " ").capitalize(), 40), _value(value)) for name, value in others[:20]]
+    return facts(rows) + _skipped(told.get("skipped"))
+
+
+def _value(value: Any) -> str:
+    return text(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value, 200)
+
+
+def _skipped(value: Any) -> str:
+    """What was left out of the training text."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return facts([("Skipped", _value(value))])
+    if not isinstance(value, list) or not value:
+        return ""
+    names = "".join(f"<li>{text(name, 200)}</li>" for name in value[:20])
+    more = f"<p>{len(value) - 20:,} more.</p>" if len(value) > 20 else ""
+    return details(f"{len(value):,} skipped", f"<ul>{names}</ul>{more}")
+
+
+# --- events, commands ---------------------------------------------------------------------------------------
+
+
+def _events(record: Record) -> str:
+    oldest, newest = record.events.in_order()
+    rows = [_event(event) for event in oldest]
+    if record.events.left_out:
+        rows.append(("", "", "", f"… {record.events.left_out:,} more, in metrics.jsonl"))
+    rows += [_event(event) for event in newest]
+    return table("Events", ["event", "step", "time", "told"], rows, numbers=[1], caption=False) if rows else ""
+
+
+def _event(event: Event) -> Sequence[str]:
+    kind, step = event["event"], whole(event.get("step"))
+    if kind == "end":
+        words = _end(event)
+    elif kind == "resume":
+        words = f"from {text(event['checkpoint'], 80)}" if event.get("checkpoint") else ""
+    else:
+        words = text(_told(event), 600)
+    style = "kind failed" if kind == "error" else "kind"
+    time = f'<span class="kind">{moment(event.get("time"))}</span>'
+    return f'<span class="{style}">{kind}</span>', f"{step:,}" if step is not None else "", time, words
+
+
+def _end(event: Event) -> str:
+    seconds, bits = finite(event.get("seconds")), finite(event.get("held_out_bits_per_byte"))
+    parts = [
+        f"stopped by {text(event['stopped'], 80)}" if event.get("stopped") else "all steps done",
+        f"{duration(seconds)} in all" if seconds else "",
+        f"{bits:.4f} bits per held-out byte" if bits else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _next(record: Record) -> str:
+    run = shlex.quote(str(record.run))
+    config = shlex.quote(str(record.run / "config.toml"))
+    steps = _steps(record) or record.last_step
+    finished = record.end is not None and not record.end.get("stopped") and record.error is None
+    commands = [
+        ("train on, for longer", f"entrenar resume {run} --training.steps {2 * max(1, steps)}")
+        if finished
+        else ("go on from the newest whole checkpoint", f"entrenar resume {run}"),
+        ("let it write", f"entrenar generate {run} --prompt 'Once upon a time'"),
+        ("bits per byte on another text", f"entrenar eval {run} book.txt"),
+        ("a file for llama.cpp", f"entrenar export {run} --to gguf --out model.gguf"),
+        ("look at the weights", f"entrenar inspect {run}"),
+        ("the same configuration again", f"entrenar train --config {config}"),
+    ]
+    rows = [f"<div><dt>{about}</dt><dd><code>{text(line, 1500)}</code></dd></div>" for about, line in commands]
+    return f'<dl class="commands">{"".join(rows)}</dl>'

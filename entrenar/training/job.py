@@ -1,0 +1,341 @@
+"""A whole run: text, plan, model, training, last look, picture and report; begun anew, or taken up where it was left.
+
+    start(config)       from nothing, into a new folder
+    resume(run, ...)    from a run's last whole checkpoint, to the same bits as if nothing had happened
+
+Both return the exit code: 0 done; 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP after saving. Everything else that
+ends a run is an exception: ConfigError, CorpusError, TokenizerError, FormatError, CheckpointError (what was asked for
+cannot be done), TrainingError, OSError, MemoryError (it failed on the way).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrenar import kernels, random
+from entrenar.data import Batches, CorpusError, Prepared, load_prepared, prepare
+from entrenar.files import write_file
+from entrenar.llama import Llama, LlamaConfig
+from entrenar.llama.pretrained import read_config as read_shape
+from entrenar.observe.report import write_report
+from entrenar.training import machine, summary
+from entrenar.training.checkpoint import Checkpoint, CheckpointError, clean, load_checkpoint, newest, saved_steps
+from entrenar.training.config import Config, ConfigError, Option, options, read_config, to_toml
+from entrenar.training.curve import render
+from entrenar.training.display import Display, Heading, make_display
+from entrenar.training.plan import make_plan
+from entrenar.training.signals import listening
+from entrenar.training.trainer import METRICS, Trainer
+from entrenar.version import __version__
+
+CONFIG, LOCK, DATA = "config.toml", ".lock", "data"
+
+# What a resumed run may change: nothing that decides what a weight or a batch is.
+CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.clip_norm", "training.on_spike",
+              "training.spike_sigma", "training.activation_checkpointing"}  # fmt: skip
+CHANGEABLE_BEGINNINGS = ("training.eval_", "training.sample_", "training.report_")
+
+
+def start(config: Config, *, force: bool = False) -> int:
+    """Train from nothing, with `config`, in a new folder. `force` goes over a plan that does not fit.
+
+    Raises before there is a folder where the configuration, the text or the model to start from cannot be used.
+    """
+    began = time.perf_counter()
+    run = run_folder(config)
+    display = make_display(report_every=config.training.report_every)
+    try:
+        with contextlib.ExitStack() as stack:
+            return _begin(config, run, display, began, stack, force=force)
+    finally:
+        display.close()
+
+
+def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force: bool = False) -> int:
+    """Go on with a run from its newest whole checkpoint; from its beginning where it was killed before the first one.
+
+    overrides   options to change from here on, as ("section.key", "value"): see CHANGEABLE
+    Raises CheckpointError where `run` is no run, ConfigError for an option that cannot change on the way, CorpusError
+    where the text is no longer what the run was trained on.
+    """
+    began, run = time.perf_counter(), Path(os.path.expanduser(run))
+    if not (run / CONFIG).is_file():
+        raise CheckpointError(
+            f"{run}: no {CONFIG}: this is no run's folder; name one, or begin one with `entrenar train`"
+        )
+    config = changed(read_config(run / CONFIG), overrides)
+    config = replace(config, checkpointing=replace(config.checkpointing, out=str(run)))
+    display = make_display(report_every=config.training.report_every)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not saved_steps(run):
+                display.note(f"{run} was ended before its first checkpoint: beginning again")
+                return _begin(config, run, display, began, stack, force=force)
+            stack.enter_context(locked(run))
+            saved = load_checkpoint(newest(run, display.note), check=False)  # newest has checked it
+            return _go_on(config, run, saved, display, stack, force=force)
+    finally:
+        display.close()
+
+
+def _begin(config: Config, run: Path, display: Display, began: float, stack: contextlib.ExitStack, *,
+           force: bool) -> int:  # fmt: skip
+    shape = pretrained_shape(config)
+    must_fit(config, shape, None, display, force=force)  # before the text takes its time
+    data = prepared(config, run, display)
+    shape = shape or config.llama(data.tokenizer.vocab_size, data.tokenizer.end_id)
+    plan = must_fit(config, shape, data, display, force=force)
+    t = config.training
+    Batches(data.train, batch_size=t.batch_size, context=t.context)  # raises where the text is too short for one
+
+    kernels.keep_freed_memory()
+    random.seed(config.training.seed)
+    if config.training.start_from:
+        model = Llama.from_pretrained(folder_of(config), checkpointing=config.training.activation_checkpointing)
+    else:
+        model = Llama(shape, checkpointing=config.training.activation_checkpointing)
+    here = machine.look()
+    run.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(run))
+    clean(run, 0)
+    (run / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+    write_file(run / CONFIG, to_toml(replace(config, checkpointing=replace(config.checkpointing, out=""))))
+    trainer = Trainer(config, data, model, run, display, here.peak_flops, began=began)
+    stack.callback(trainer.close)
+    trainer.log(
+        "start",
+        time=now(),
+        config=config.sections(),
+        data=asdict(data.facts),
+        machine=asdict(here),
+        plan=plan,
+        model={"parameters": shape.parameter_count(), **shape.to_dict()},
+        versions={"entrenar": __version__, "python": platform.python_version(), "numpy": np.__version__},
+    )
+    return _train(trainer, here)
+
+
+def _go_on(config: Config, run: Path, saved: Checkpoint, display: Display, stack: contextlib.ExitStack, *,
+           force: bool) -> int:  # fmt: skip
+    data = the_same_data(config, run, saved, display)
+    plan = must_fit(config, saved.config, data, display, force=force)
+    kernels.keep_freed_memory()
+    here = machine.look()
+    model = saved.model(checkpointing=config.training.activation_checkpointing)
+    trainer = Trainer(config, data, model, run, display, here.peak_flops)
+    stack.callback(trainer.close)
+    try:
+        trainer.load_state(saved)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {saved.folder}: its state cannot be used: {error!r}") from error
+    for name in clean(run, trainer.step):
+        trainer.warn(f"{name} is not whole; it was set aside as {name}.broken")
+    trainer.log("resume", time=now(), step=trainer.step, checkpoint=saved.folder.name, machine=asdict(here), plan=plan)
+    display.note(f"resuming {run} after step {trainer.step:,}")
+    if trainer.step >= trainer.steps:
+        display.note(f"all {trainer.steps:,} steps are done; --training.steps makes it longer")
+    return _train(trainer, here)
+
+
+def _train(trainer: Trainer, here: machine.Machine) -> int:
+    shape, facts = trainer.model.config, trainer.data.facts
+    about = Heading(
+        f"a LLaMA of {shape.parameter_count():,} parameters learns {facts.source}",
+        summary.introduction(trainer, here),
+        facts.gzip_bits,
+        facts.xz_bits,
+    )
+    with listening(trainer.requests):
+        trainer.display.start(about)
+        trainer.plan_steps()
+        try:
+            trainer.train()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the error itself matters more than the picture of it
+                pictures(trainer, here)
+            raise
+        return finish(trainer, here)
+
+
+def finish(trainer: Trainer, here: machine.Machine) -> int:
+    """Checkpoint, last look at the held-out text, sample, picture, report; where a signal stopped it, no look and no
+    sample: whoever stops a run does not want to wait."""
+    stopped, last, sample = trainer.stopping, None, ""
+    if trainer.step:
+        trainer.save()
+    if not stopped:
+        last = trainer.look(whole=True)
+        trainer.display.doing("writing a sample")
+        if trainer.config.training.sample_tokens:
+            sample = trainer.sample()
+            write_file(trainer.run / "sample.txt", sample + "\n")
+    stopped = trainer.stopping
+    trainer.log(
+        "end",
+        time=now(),
+        step=trainer.step,
+        stopped=stopped,
+        seconds=trainer.seconds,
+        memory_peak=machine.memory_peak(),
+        held_out_bits_per_byte=last.bits_per_byte if last else None,
+    )
+    pictures(trainer, here)
+    trainer.display.doing("done")
+    trainer.display.close()
+    summary.summarize(trainer, last, sample)
+    return trainer.requests.exit_code
+
+
+def pictures(trainer: Trainer, here: machine.Machine) -> None:
+    """curve.png and report.html of everything so far."""
+    trainer.metrics.flush()
+    write_file(trainer.run / "curve.png", render(summary.curve(trainer, here)))
+    write_report(trainer.run)
+
+
+# -- what a run is made of
+
+
+def run_folder(config: Config) -> Path:
+    """Where the run goes. Raises ConfigError rather than write into a folder that holds something."""
+    if config.checkpointing.out:
+        run = Path(os.path.expanduser(config.checkpointing.out))
+        if (run / CONFIG).is_file():
+            raise ConfigError(
+                f"--out {run}: holds a run already; `entrenar resume {run}` goes on with it, or name a new folder"
+            )
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ConfigError(
+                f"--out {run}: exists and is not an empty folder; name a new one, or move it away"
+            )
+    else:
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        names = [stamp, *(f"{stamp}-{n}" for n in range(2, 1000))]
+        run = next(run for name in names if not (run := Path("runs", name)).exists())
+    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {run}: cannot be made: {there} is no folder you can write into")
+    return run
+
+
+def folder_of(config: Config) -> Path:
+    return Path(os.path.expanduser(config.training.start_from))
+
+
+def pretrained_shape(config: Config) -> LlamaConfig | None:
+    """The shape of the model that training.start_from names; None where the run starts from nothing.
+
+    Raises FormatError where there is none that can be read, ConfigError where its context is shorter than the run's.
+    """
+    if not config.training.start_from:
+        return None
+    folder = folder_of(config)
+    shape = read_shape(folder)
+    if config.training.context > shape.max_position_embeddings:
+        raise ConfigError(
+            f"training.context = {config.training.context}: the model in {folder} has positions for "
+            f"{shape.max_position_embeddings}"
+        )
+    return shape
+
+
+def prepared(config: Config, run: Path, display: Display) -> Prepared:
+    """The text as tokens; with training.start_from by that model's own tokenizer, unless another one is named."""
+    d = config.data
+    own = d.tokenizer == Config().data.tokenizer and config.training.start_from
+    data = prepare(
+        d.source,
+        tokenizer=str(folder_of(config)) if own else d.tokenizer,
+        vocab_size=d.vocab_size,
+        held_out=d.held_out,
+        cache=d.cache,
+        skip_bad=d.skip_bad,
+        into=run / DATA,
+        say=display.doing,
+    )
+    shape = pretrained_shape(config)
+    if shape and data.tokenizer.vocab_size > shape.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer has {data.tokenizer.vocab_size:,} tokens, the model in {config.training.start_from} only "
+            f"{shape.vocab_size:,}: they do not belong together"
+        )
+    return data
+
+
+def the_same_data(config: Config, run: Path, saved: Checkpoint, display: Display) -> Prepared:
+    """The tokens the run was trained on: as they were kept, else prepared again and compared.
+
+    Raises CorpusError where the text has changed since and the tokens are gone.
+    """
+    kept = saved.state["data"]
+    with contextlib.suppress(CorpusError, OSError):
+        data = load_prepared(Path(kept["folder"]))
+        if data.identity == kept["identity"]:
+            return data
+    data = prepared(config, run, display)
+    if data.identity != kept["identity"]:
+        raise CorpusError(
+            f"data.source: {config.data.source!r} is no longer the text this run was trained on (its files, or the "
+            f"tokenizer, have changed, and the prepared tokens in {kept['folder']} are gone): a run cannot go on with "
+            f"another text; `entrenar train --training.start_from {saved.folder}` begins one from these weights"
+        )
+    return data
+
+
+def must_fit(config: Config, shape: LlamaConfig | None, data: Prepared | None, display: Display, *,
+             force: bool) -> dict[str, Any]:  # fmt: skip
+    """The plan's summary. Raises ConfigError where it exceeds this machine's memory, unless `force`."""
+    plan = make_plan(config, shape=shape, data=data)
+    if not plan.fits and not force:
+        raise ConfigError(plan.refusal())
+    if data is not None and plan.warning():
+        display.note(plan.warning())
+    return plan.summary()
+
+
+def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+    """The run's configuration with what may be changed on the way. Raises ConfigError, naming every problem."""
+    known: dict[str, Option] = {option.full_name: option for option in options()}
+    fixed = [name for name, _ in overrides if name in known and not _may_change(name)]
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)}: cannot change while a run goes on: it would be another run; what can: lr_schedule.*, "
+            "checkpointing.*, training.steps, clip_norm, on_spike, spike_sigma, activation_checkpointing, "
+            "eval_*, sample_*, report_every"
+        )
+    read_config(None, overrides)  # says all that is wrong with them
+    for name, text in overrides:
+        config.set(known[name], known[name].parse(text))
+    return config
+
+
+def _may_change(name: str) -> bool:
+    return name in CHANGEABLE or name.partition(".")[0] in CHANGEABLE or name.startswith(CHANGEABLE_BEGINNINGS)
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Nobody else trains in this folder meanwhile. Raises ConfigError where somebody does."""
+    lock = os.open(run / LOCK, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(f"{run}: another process is training in this folder") from None
+    finally:
+        os.close(lock)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

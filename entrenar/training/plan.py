@@ -1,0 +1,417 @@
+"""What a run needs, said before it starts: every buffer, the peak, whether it fits, what would make it fit, the time.
+
+    arrays      rehearsed by shape (rehearsal.py)
+    program     interpreter, libraries and tokenizer: measured in this very process, once it has touched the code that
+                a run touches
+    token file  mapped into memory, page by page as windows are read; the kernel takes these pages back when it needs
+                them, so they are part of the peak but not of what must fit
+
+The whole is compared with the peak of real runs by tests/test_plan.py.
+"""
+
+# B batch, T time, N = B T tokens, V vocabulary
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrenar import kernels, optim, random
+from entrenar.data import ByteTokenizer, Prepared, load_tokenizer
+from entrenar.formats.strict_json import read_json
+from entrenar.kernels.memory import LARGEST
+from entrenar.llama import Llama, LlamaConfig, generate
+from entrenar.training import machine
+from entrenar.training.curve import Curve
+from entrenar.training.curve import render as draw
+from entrenar.training.display import clock, size
+from entrenar.training.options import Config
+from entrenar.training.rehearsal import (
+    BACKWARD,
+    BLOCK,
+    FLOAT,
+    FORWARD,
+    GRADIENTS,
+    HEAD,
+    INPUTS,
+    LAYERS,
+    MOMENTS,
+    PICTURE,
+    ROPE,
+    SCRATCH,
+    WEIGHTS,
+    Heap,
+    Rehearsal,
+    logits_floats,
+)
+
+PROGRAM, TOKENIZER, LOGITS, GAPS = "program and libraries", "tokenizer", "logits, a chunk", "gaps between arrays"
+TOKENS, PREPARING = "token file, mapped", "preparing the text"
+
+TOKEN_BYTES = 330  # of memory per token of a BPE: measured between 2,048 tokens and 32,000
+READ_AROUND = 64 << 10  # what Linux maps around a page of a file that is touched
+SHORTEST = 32  # tokens of context that advice still proposes
+BAR = 24  # letters
+MOST_LAYERS = 48  # are rehearsed; each more adds as much as those before
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A part of the peak: bytes, and a word on what they are made of."""
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    buffers      what is held at the fullest moment of training; together `training` bytes
+    preparing    the most that is held before, while the text becomes tokens
+    peak         the most memory the process will have held: the larger of the two
+    reclaimable  of the peak, what the kernel can take back: pages of the token file
+    limit        the most this process may hold here; `available` what it could now, beside what others hold
+    fits         whether training, without what is reclaimable, stays below the limit
+    advice       what would need less, each with its peak, best first; empty where there is room
+    """
+
+    buffers: list[Buffer]
+    training: int
+    preparing: int
+    reclaimable: int
+    limit: int
+    available: int
+    advice: list[str]
+    parameters: int
+    tokens: int
+    flops_per_token: int
+    steps: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.training, self.preparing)
+
+    @property
+    def needed(self) -> int:
+        """Bytes without which training cannot go on."""
+        return self.training - self.reclaimable
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.limit
+
+    def refusal(self) -> str:
+        """Why the run should not begin, and the way out, as one message."""
+        ways = "".join(f"\n  {line}" for line in self.advice) or "\n  a smaller [model]"
+        return (
+            f"this run would need {size(self.needed)} of memory, this machine or container has {size(self.limit)}; "
+            f"what would need less:{ways}\n`entrenar plan` shows where it goes; --force starts all the same"
+        )
+
+    def warning(self) -> str:
+        """Of a run that fits, but not beside what other programs hold now; empty where there is nothing to say."""
+        if not self.fits or self.needed <= self.available:
+            return ""
+        return (
+            f"this run will need {size(self.needed)} of memory, and {size(self.available)} are free now: "
+            "end other programs, or it may be slowed down by swapping, or killed"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """For metrics.jsonl, where report.html finds it."""
+        return {
+            "peak": self.peak,
+            "limit": self.limit,
+            "buffers": [[buffer.name, buffer.bytes] for buffer in self.buffers],
+        }
+
+
+def make_plan(config: Config, *, shape: LlamaConfig | None = None, data: Prepared | None = None) -> Plan:
+    """Plan a run of `config`.
+
+    shape   the model's; none: by the configuration, with the vocabulary its tokenizer will have
+    data    what will be trained on, prepared already; none: the text is still to be prepared, and its size unknown
+    Raises ConfigError for a shape that cannot be, TokenizerError for a tokenizer that cannot be read.
+    """
+    shape = shape or expected_shape(config)
+    program = measured_program()
+    beside = [Buffer(PROGRAM, program, "measured here")]
+    if data is None:
+        beside.append(Buffer(TOKENIZER, tokenizer_bytes(config, shape)))
+    mapped = mapped_tokens(config, data)
+    peak = predicted(config, shape)
+    buffers = beside + buffers_of(peak, config, shape) + ([Buffer(TOKENS, mapped, "given back on demand")] if mapped else [])
+    training = sum(buffer.bytes for buffer in buffers)
+    limit, t = machine.memory_limit(), config.training
+    plan = Plan(
+        buffers=buffers,
+        training=training,
+        preparing=machine.memory_peak() if data is not None else program + preparing_bytes(config),
+        reclaimable=mapped,
+        limit=limit,
+        available=machine.memory_available(),
+        advice=[],
+        parameters=shape.parameter_count(),
+        tokens=t.steps * t.accumulation * t.batch_size * t.context,
+        flops_per_token=shape.flops_per_token(t.context),
+        steps=t.steps,
+    )
+    if plan.fits and plan.needed <= plan.available:
+        return plan
+    room = limit if not plan.fits else plan.available
+    return replace(plan, advice=advice(config, shape, plan.needed - peak.bytes, plan.needed, room))
+
+
+# ---- what the arrays come to
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """The fullest moment of the float arrays: all bytes, and those of each kind (rehearsal.py's names)."""
+
+    bytes: int
+    parts: Counter[str] = field(default_factory=Counter)
+
+
+def predicted(config: Config, shape: LlamaConfig) -> Arrays:
+    """Rehearse the run, with at most MOST_LAYERS layers; beyond that each layer adds what the last ones added."""
+    layers = shape.num_hidden_layers
+    if layers <= MOST_LAYERS:
+        return _rehearsed(config, shape)
+    more, fewer = (_rehearsed(config, replace(shape, num_hidden_layers=n)) for n in (MOST_LAYERS, MOST_LAYERS // 2))
+    times, by = layers - MOST_LAYERS, MOST_LAYERS - MOST_LAYERS // 2
+
+    def extended(high: int, low: int) -> int:
+        return high + times * max(0, high - low) // by
+
+    parts = {name: extended(count, fewer.parts[name]) for name, count in more.parts.items()}
+    return Arrays(extended(more.bytes, fewer.bytes), Counter(parts))
+
+
+def _rehearsed(config: Config, shape: LlamaConfig) -> Arrays:
+    t = config.training
+    heap = Rehearsal(
+        shape,
+        batch=t.batch_size,
+        context=t.context,
+        micro_batches=t.accumulation,
+        checkpointing=t.activation_checkpointing,
+        threads=kernels.get_num_threads(),
+        heap=Heap(own_mapping()),
+    ).run()
+    return Arrays(heap.peak, +heap.at_peak)
+
+
+def own_mapping() -> int:
+    """From how many bytes on the C library maps an array on its own: what kernels.keep_freed_memory can make of it.
+
+    glibc takes what it is told, before 2.35 at most 32 MiB; libraries without that switch are taken to map all that
+    is large, and then freed arrays leave no gaps.
+    """
+    library, version = _libc()
+    if library != "glibc":
+        return 128 << 10
+    return min(LARGEST) if version < (2, 35) else max(LARGEST)
+
+
+def _libc() -> tuple[str, tuple[int, ...]]:
+    name, version = platform.libc_ver()
+    return name, tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def buffers_of(arrays: Arrays, config: Config, shape: LlamaConfig) -> list[Buffer]:
+    """The parts of the fullest moment, in the order in which a reader thinks of them; they add up to all of it."""
+    t, parts = config.training, Counter(arrays.parts)
+    tokens, layers = t.batch_size * t.context, shape.num_hidden_layers
+    logits = min(parts[SCRATCH], FLOAT * logits_floats(tokens, shape.vocab_size))
+    parts[SCRATCH] -= logits
+    parts[LOGITS] = logits
+    parts[GAPS] = arrays.bytes - parts.total()
+    notes = {
+        WEIGHTS: f"{shape.parameter_count():,} parameters",
+        LAYERS: f"{layers} layers x {size(parts[LAYERS] // layers)}, for {t.batch_size} x {t.context:,} tokens",
+        INPUTS: f"{layers} layers x {size(parts[INPUTS] // layers)}, for {t.batch_size} x {t.context:,} tokens",
+        LOGITS: f"{logits // (FLOAT * shape.vocab_size):,} of {tokens:,} rows x {shape.vocab_size:,} at a time",
+        GRADIENTS: "" if parts[GRADIENTS] else "none yet at that moment: they come as activations go",
+        SCRATCH: f"{kernels.get_num_threads()} threads" if kernels.info().backend == "native" else "NumPy: about",
+        GAPS: "that the C library leaves",
+    }
+    order = (WEIGHTS, GRADIENTS, MOMENTS, LAYERS, INPUTS, BLOCK, HEAD, LOGITS, FORWARD, BACKWARD, SCRATCH, ROPE, PICTURE, GAPS)
+    return [Buffer(name, parts[name], notes.get(name, "")) for name in order if parts[name] or name == GRADIENTS]
+
+
+# ---- what there is beside the arrays
+
+
+def expected_shape(config: Config) -> LlamaConfig:
+    """The model's shape before there is a tokenizer; of a BPE the most tokens it may have."""
+    if config.training.start_from:
+        folder = Path(os.path.expanduser(config.training.start_from))
+        return LlamaConfig.from_dict(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    return config.llama(config.model["vocab_size"] or _expected_vocabulary(config))
+
+
+def _expected_vocabulary(config: Config) -> int:
+    name = config.data.tokenizer
+    if name == "bytes":
+        return ByteTokenizer.vocab_size
+    return config.data.vocab_size if name == "bpe" else load_tokenizer(os.path.expanduser(name)).vocab_size
+
+
+def measured_program() -> int:
+    """Bytes this process holds beside the run's arrays: interpreter, libraries, all code that a run goes through."""
+    _go_through_the_code()
+    machine.give_back_memory()
+    return machine.memory_used()
+
+
+def _go_through_the_code() -> None:
+    """Train, save and draw something tiny: code becomes resident when it first runs. Leaves no trace but that."""
+    before = random.get_state()
+    shape = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                        num_attention_heads=2, max_position_embeddings=32)  # fmt: skip
+    try:
+        for checkpointing in (False, True):
+            model = Llama(shape, checkpointing=checkpointing)
+            optimizer = optim.AdamW(model.named_parameters())
+            ids = np.arange(2 * 32).reshape(2, 32)
+            model.loss(ids, ids).backward()
+            optimizer.step(grad_scale=optim.clip_scale(optim.global_norm(model.parameters()), 1.0))
+        list(generate(model, [1], max_new_tokens=2, top_p=0.9))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+    finally:
+        random.set_state(before)
+    draw(Curve("", "", [(1, 2.0), (2, 1.0)], [(2, 1.0)], [("", 1.0)], size=(64, 48)))
+    from rich import live, panel, progress_bar, table  # noqa: F401  (what the display draws with)
+
+
+def tokenizer_bytes(config: Config, shape: LlamaConfig) -> int:
+    return 0 if config.data.tokenizer == "bytes" else TOKEN_BYTES * shape.vocab_size
+
+
+def mapped_tokens(config: Config, data: Prepared | None) -> int:
+    """Bytes of the token files that the run will have read: where windows fall evenly, so many that stay unread are
+    (1 - 1 / pieces)^(windows x pieces in each); held-out text is read whole. 0 where the text is not prepared yet.
+    """
+    if data is None or not _is_mapped(data.train):
+        return 0
+    t = config.training
+    windows = t.steps * t.accumulation * t.batch_size
+    pieces = max(1.0, data.train.nbytes / READ_AROUND)
+    touched = 1 + t.context * data.train.itemsize / READ_AROUND
+    return round(data.train.nbytes * -math.expm1(-windows * touched / pieces)) + data.held_out.nbytes
+
+
+def _is_mapped(array: np.ndarray) -> bool:
+    """Whether its memory is a file's."""
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
+    return base is not None
+
+
+def preparing_bytes(config: Config) -> int:
+    """The most that is held beside the program while the text becomes tokens."""
+    return 0
+
+
+# ---- what would need less
+
+
+def advice(config: Config, shape: LlamaConfig, beside: int, needed: int, room: int) -> list[str]:
+    """Changes that need less than `needed`, each with what it needs: those that fit into `room` first.
+
+    beside   bytes that no change saves: the program
+    """
+    found = []
+    for number, ladder in enumerate(_ladders(config)):
+        tried = None
+        for changes in ladder:
+            changed = replace(config, training=replace(config.training, **changes))
+            tried = changes, beside + predicted(changed, shape).bytes
+            if tried[1] <= room:
+                break
+        if tried and tried[1] < needed:
+            changes, peak = tried
+            said = ", ".join(f"training.{name} = {str(value).lower()}" for name, value in changes.items())
+            fits = peak <= room
+            found.append((not fits, number if fits else peak, f"{said}: {size(peak)}, {'fits' if fits else 'too much'}"))
+    if all(too_much for too_much, _, _ in found):
+        least = 4 * FLOAT * shape.parameter_count()
+        line = f"a smaller [model]: weights, gradients and moments of this one alone are {size(least)}"
+        found = [*sorted(found)[:2], (True, math.inf, line)]
+    return [line for _, _, line in sorted(found)]
+
+
+def _ladders(config: Config) -> Iterator[list[dict[str, Any]]]:
+    """Ways to need less, each in steps from small to large; the ways that cost least come first."""
+    t = config.training
+    halves = [{"batch_size": t.batch_size >> n, "accumulation": t.accumulation << n}
+              for n in range(1, 64) if t.batch_size >> n << n == t.batch_size]  # fmt: skip
+    recompute = [] if t.activation_checkpointing else [{"activation_checkpointing": True}]
+    shorter = [{"context": t.context >> n} for n in range(1, 64) if t.context >> n >= SHORTEST]
+    smallest: dict[str, Any] = {}
+    for way in (recompute, halves):
+        smallest |= way[-1] if way else {}
+    yield halves  # the same update, in smaller parts
+    yield recompute  # the same update, a third slower
+    if recompute and halves:
+        yield [recompute[0] | half for half in halves]
+    yield shorter  # another model: it sees less at a time
+    if smallest:
+        yield [smallest | short for short in shorter]
+
+
+# ---- for people
+
+
+def render(plan: Plan, *, peak_flops: float | None = None) -> str:
+    """The plan as a table: a line and a bar for each buffer, the peak, whether it fits, the time at half the peak.
+
+    peak_flops   of this machine; none: measured now
+    """
+    if peak_flops is None:
+        peak_flops = machine.look().peak_flops
+    rows = [(buffer.name, buffer.bytes, buffer.note) for buffer in plan.buffers]
+    rows.append(("at the fullest moment", plan.training, ""))
+    if plan.preparing:
+        rows.append((PREPARING, plan.preparing, "before, where it is not prepared yet"))
+    whole = max(1, plan.peak, *(row[1] for row in rows))
+    lines = [f"{name:<26} {size(count):>9} {_bar(count / whole):<{BAR}}  {note}".rstrip() for name, count, note in rows]
+    flops = plan.flops_per_token * plan.tokens
+    lines += [
+        "",
+        f"peak        {size(plan.peak)}; " + _verdict(plan),
+        f"tokens      {plan.tokens:,} in {plan.steps:,} steps of {plan.tokens // plan.steps:,}",
+        f"arithmetic  {flops / 1e12:,.0f} TFLOP, {plan.flops_per_token / 1e6:,.1f} MFLOP per token",
+        f"time        {clock(2 * flops / peak_flops)} at half of the {peak_flops / 1e9:,.0f} GFLOP/s measured here",
+    ]
+    if plan.advice:
+        lines += ["", "what would need less:", *(f"  {line}" for line in plan.advice)]
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    if not plan.fits:
+        return f"does not fit the {size(plan.limit)} of this machine or container"
+    beside = f", but only {size(plan.available)} are free now" if plan.needed > plan.available else ""
+    return f"fits the {size(plan.limit)} of this machine or container{beside}"
+
+
+def _bar(share: float) -> str:
+    """A bar of BAR letters at most, in eighths of a letter."""
+    eighths = round(share * BAR * 8)
+    return "\u2588" * (eighths // 8) + ("", *"\u258f\u258e\u258d\u258c\u258b\u258a\u2589")[eighths % 8]

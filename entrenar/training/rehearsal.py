@@ -1,0 +1,460 @@
+"""A training run rehearsed without its numbers: which arrays are taken and dropped, in which order, and where they lie.
+
+The engine frees each array as soon as nothing refers to it, so what a step needs at most is no sum over layers but a
+moment; and the C library puts each array into the gaps that earlier ones left, so what the process holds is that
+moment and the gaps between. Both follow from the shapes alone. This file goes through the arrays of building a model, of
+training steps and of a look at held-out text in the very order of the engine (tensor.py's walk, llama/model.py, ops/),
+and a model of the heap says where each would lie. A test compares it with what a real step asks for, byte by byte.
+
+Counts float arrays and nothing else: what the process has beside them, plan.py knows.
+"""
+
+# B batch, T time, N = B T tokens, C channels, H heads, KH key/value heads, D head dim, F feed-forward, V vocabulary
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from entrenar import kernels
+from entrenar.kernels import reference
+from entrenar.llama import LlamaConfig
+from entrenar.training.curve import SCALE, Curve
+
+FLOAT = 4  # bytes
+HEADER, UNIT = 8, 16  # of glibc's malloc: what it adds to a block, and what it rounds to
+PAGE = 4096
+ABSURD = 1 << 40  # tokens, channels or words
+
+WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "AdamW's two moments"
+LAYERS, INPUTS, BLOCK = "activations", "inputs of the blocks", "one block, computed again"
+HEAD, BACKWARD, SCRATCH = "last norm and loss", "backward, on its way", "kernels' scratch"
+ROPE, FORWARD, PICTURE = "rotary tables", "forward, on its way", "picture of the curve"
+
+
+def scratch_floats(kernel: str, *sizes: int) -> int:
+    """How many floats of working memory a C kernel asks for, by its own account.
+
+    matmul: threads   attention_forward, attention_backward: threads, B, T, S, H, KH, D
+    linear_cross_entropy: threads, N, C, V   norm: N, C
+    """
+    if kernels.info().backend != "native":
+        return _reference_floats(kernel, *sizes)
+    if max(sizes) >= ABSURD:
+        return 0  # C would count beyond 64 bits; the arrays of such a run fit nowhere
+    from entrenar.kernels import native
+
+    if kernel == "norm":
+        rows, channels = sizes
+        return native.lib.ent_norm_blocks(rows) * channels
+    if kernel == "linear_cross_entropy":
+        threads, N, C, V = sizes
+        sizes = (threads, logits_floats(N, V) // V, C, V)
+    return getattr(native.lib, f"ent_{kernel}_scratch")(*sizes)
+
+
+def _reference_floats(kernel: str, *sizes: int) -> int:
+    """About what the NumPy reference holds at once: scores of all queries and keys, and their like, written out."""
+    if kernel.startswith("attention"):
+        _, B, T, S, H, _, _ = sizes
+        return (5 if kernel == "attention_backward" else 3) * B * H * T * S
+    if kernel == "linear_cross_entropy":
+        _, N, C, V = sizes
+        return 4 * logits_floats(N, V) + V * C
+    return 0
+
+
+def logits_floats(N: int, V: int) -> int:
+    """Of linear_cross_entropy's working memory, what holds logits: a chunk of rows."""
+    if kernels.info().backend == "native":
+        from entrenar.kernels import native
+
+        return native.linear_cross_entropy_chunk(N, V) * V
+    return min(N, max(1, reference.LOGITS_AT_ONCE // V)) * V
+
+
+class Array(NamedTuple):
+    """One that lives: where it begins in the heap (-1: has its own mapping), and its bytes as the heap counts them."""
+
+    number: int
+    start: int
+    size: int
+
+
+class Heap:
+    """Where arrays come to lie, as glibc's malloc does it once `kernels.keep_freed_memory` was called.
+
+    A block goes into the smallest gap that holds it, at its lower end, and otherwise on top; neighbouring gaps are
+    one; nothing is given back. Blocks of `own_mapping` bytes or more never enter the heap, and go back when dropped.
+
+    peak      most bytes held at once, gaps included
+    at_peak   the bytes that lived then, by name
+    """
+
+    def __init__(self, own_mapping: int = 1 << 30) -> None:
+        self.own_mapping = own_mapping
+        self.top = self.mapped = self.peak = self.count = self.most = self.now = 0
+        self.gaps: list[tuple[int, int]] = []  # (size, start), smallest first
+        self.starts: dict[int, int] = {}  # of gaps: start -> size
+        self.ends: dict[int, int] = {}  # of gaps: end -> size
+        self.names: dict[int, str] = {}
+        self.living: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+
+    def take(self, name: str, *shape: int) -> Array:
+        """A float32 array of this shape."""
+        size = max(2 * UNIT, -(-(math.prod(shape) * FLOAT + HEADER) // UNIT) * UNIT)
+        self.count += 1
+        if size >= self.own_mapping:
+            array = Array(self.count, -1, -(-(size + HEADER) // PAGE) * PAGE)
+            self.mapped += array.size
+        else:
+            array = Array(self.count, self._place(size), size)
+        self.names[array.number] = name
+        self.living[name] += array.size
+        self.now += array.size
+        self.most = max(self.most, self.now)
+        if self.top + self.mapped > self.peak:
+            self.peak = self.top + self.mapped
+            self.at_peak = self.living.copy()
+        return array
+
+    def drop(self, *arrays: Array | None) -> None:
+        for array in arrays:
+            if array is None:
+                continue
+            self.now -= array.size
+            self.living[self.names.pop(array.number)] -= array.size
+            if array.start < 0:
+                self.mapped -= array.size
+            else:
+                self._add_gap(array.start, array.size)
+
+    def rename(self, array: Array, name: str) -> Array:
+        self.living[self.names[array.number]] -= array.size
+        self.living[name] += array.size
+        self.names[array.number] = name
+        return array
+
+    def _place(self, size: int) -> int:
+        at = bisect_left(self.gaps, (size, -1))
+        if at < len(self.gaps):
+            gap, start = self.gaps[at]
+            self._remove_gap(start, gap)
+            if gap > size:
+                self._add_gap(start + size, gap - size)
+            return start
+        start, self.top = self.top, self.top + size
+        return start
+
+    def _add_gap(self, start: int, size: int) -> None:
+        if (before := self.ends.get(start)) is not None:
+            self._remove_gap(start - before, before)
+            start, size = start - before, size + before
+        if (after := self.starts.get(start + size)) is not None:
+            self._remove_gap(start + size, after)
+            size += after
+        if start + size == self.top:  # the next block that fits no gap begins here
+            self.top = start
+            return
+        self.starts[start], self.ends[start + size] = size, size
+        insort(self.gaps, (size, start))
+
+    def _remove_gap(self, start: int, size: int) -> None:
+        del self.starts[start], self.ends[start + size]
+        del self.gaps[bisect_left(self.gaps, (size, start))]
+
+
+@dataclass
+class Saved:
+    """What a block keeps for its backward, in the order of its forward."""
+
+    x: Array  # held for norm 1; whoever made it drops it
+    rstd1: Array
+    norm1: Array
+    q: Array
+    k: Array
+    v: Array
+    o: Array
+    lse: Array
+    middle: Array  # x + attention, held for norm 2
+    rstd2: Array
+    norm2: Array
+    gate: Array
+    up: Array
+    product: Array
+
+
+@dataclass
+class Rehearsal:
+    """One run's arrays, by shape; `heap.peak` and `heap.at_peak` say what it comes to.
+
+    micro_batches   of one update. All after the second ask for the same arrays again, in the same order
+    threads         of the kernels: their scratch memory depends on it
+    """
+
+    shape: LlamaConfig
+    batch: int
+    context: int
+    micro_batches: int = 1
+    checkpointing: bool = False
+    threads: int = 1
+    heap: Heap = field(default_factory=Heap)
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        self.H, self.KH, self.D = s.heads
+        self.C, self.F, self.V, self.N = s.hidden_size, s.intermediate_size, s.vocab_size, self.batch * self.context
+        self.Q, self.KV = self.H * self.D, self.KH * self.D
+        self.grads: dict[str, Array] = {}
+        self.lent: Array | None = None  # the kernels' scratch
+        self.lent_floats = 0
+
+    def run(self, steps: int = 2) -> Heap:
+        """Build the model, make `steps` updates of at most three micro-batches, and look at held-out text."""
+        self.build()
+        for _ in range(steps):
+            for _ in range(min(self.micro_batches, 3)):
+                self.backward(*self.forward())
+            self.scratch(2 * (max(map(math.prod, self.parameters().values())) // 4096 + 1))  # the gradient's norm
+            self.heap.drop(*(self.grads.pop(name) for name in self.parameters() if name in self.grads))
+            self.look()
+        self.draw()
+        return self.heap
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The model's, in the order in which they are made: name -> shape."""
+        s, C, F = self.shape, self.C, self.F
+        made: dict[str, tuple[int, ...]] = {"embed": (self.V, C)}
+        for i in range(s.num_hidden_layers):
+            made[f"{i}.norm1"] = (C,)
+            for name, rows, columns in (("q", self.Q, C), ("k", self.KV, C), ("v", self.KV, C), ("o", C, self.Q)):
+                made[f"{i}.{name}"] = (rows, columns)
+                if s.attention_bias:
+                    made[f"{i}.{name}.bias"] = (rows,)
+            made[f"{i}.norm2"] = (C,)
+            for name, rows, columns in (("gate", F, C), ("up", F, C), ("down", C, F)):
+                made[f"{i}.{name}"] = (rows, columns)
+                if s.mlp_bias:
+                    made[f"{i}.{name}.bias"] = (rows,)
+        made["norm"] = (C,)
+        return made if s.tie_word_embeddings else made | {"head": (self.V, C)}
+
+    def build(self) -> None:
+        """Weights, each scaled from a draw as large; then both moments; then the rotary tables of the first step."""
+        take, drop = self.heap.take, self.heap.drop
+        for shape in self.parameters().values():
+            draw = take(FORWARD, *shape) if len(shape) == 2 else None
+            take(WEIGHTS, *shape)
+            drop(draw)
+        for _ in range(2):
+            for shape in self.parameters().values():
+                take(MOMENTS, *shape)
+        self._rope_tables()
+
+    def _rope_tables(self) -> None:
+        """cos and sin in float32, of angles in float64: angles, cos64, cos, sin64, sin."""
+        take, half = self.heap.take, self.D // 2
+        rows = min(self.shape.max_position_embeddings, max(self.context, 256))
+        angles, cos = take(FORWARD, 2 * rows * half), take(FORWARD, 2 * rows * half)
+        take(ROPE, rows * half)
+        self.heap.drop(cos)
+        sin = take(FORWARD, 2 * rows * half)
+        take(ROPE, rows * half)
+        self.heap.drop(sin, angles)
+
+    def scratch(self, floats: int) -> None:
+        """A kernel wants so many; what an earlier one got stays where it suffices."""
+        if floats > self.lent_floats:
+            before, self.lent_floats = self.lent, floats
+            self.lent = self.heap.take(SCRATCH, floats + 16)
+            self.heap.drop(before)
+
+    def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> Array:
+        y = self.heap.take(name, self.N, outputs)
+        self.scratch(scratch_floats("matmul", self.threads))
+        if not bias:
+            return y
+        sum_ = self.heap.take(name, self.N, outputs)  # y + b
+        self.heap.drop(y)
+        return sum_
+
+    # ---- forward
+
+    def block(self, x: Array, name: str, *, keep: bool) -> tuple[Array, Saved]:
+        """A block's output and what it saved; without `keep` (nothing recorded) all of that is dropped on the way."""
+        take, drop, N, C = self.heap.take, self.heap.drop, self.N, self.C
+        bias = self.shape.attention_bias
+        norm1, rstd1 = take(name, N, C), take(name, N)
+        if not keep:
+            drop(rstd1)
+        q_flat = self.linear(name, C, self.Q, bias=bias)
+        k_flat = self.linear(name, C, self.KV, bias=bias)
+        v = self.linear(name, C, self.KV, bias=bias)
+        q, k = take(name, N, self.Q), take(name, N, self.KV)  # turned by RoPE
+        drop(q_flat, k_flat)
+        o, lse = take(name, N, self.Q), take(name, N, self.H)
+        self.scratch(self._attention_scratch("attention_forward"))
+        if not keep:
+            drop(lse)
+        out = self.linear(FORWARD, self.Q, C, bias=bias)
+        if not keep:
+            drop(norm1, q, k, v, o)
+        middle = take(name, N, C)
+        drop(out)
+
+        norm2, rstd2 = take(name, N, C), take(name, N)
+        if not keep:
+            drop(rstd2)
+        gate = self.linear(name, C, self.F, bias=self.shape.mlp_bias)
+        up = self.linear(name, C, self.F, bias=self.shape.mlp_bias)
+        product = take(name, N, self.F)
+        if not keep:
+            drop(gate, up)
+        out = self.linear(FORWARD, self.F, C, bias=self.shape.mlp_bias)
+        if not keep:
+            drop(norm2, product)
+        y = take(INPUTS if self.checkpointing else name, N, C)
+        drop(out)
+        if not keep:
+            drop(middle)
+        return y, Saved(x, rstd1, norm1, q, k, v, o, lse, middle, rstd2, norm2, gate, up, product)
+
+    def forward(self) -> tuple[list[Array], list[Saved], tuple[Array, Array, Array]]:
+        """The blocks' inputs and the last one's output, what each saved, and what norm and loss left: rstd, dx, dw."""
+        take, drop, N = self.heap.take, self.heap.drop, self.N
+        xs, saved = [take(INPUTS if self.checkpointing else LAYERS, N, self.C)], []
+        for _ in range(self.shape.num_hidden_layers):
+            y, kept = self.block(xs[-1], BLOCK if self.checkpointing else LAYERS, keep=True)
+            if self.checkpointing:
+                self._drop_block(kept)
+            else:
+                saved.append(kept)
+            xs.append(y)
+        normed, rstd = take(HEAD, N, self.C), take(HEAD, N)
+        losses, dx, dw = take(HEAD, N), take(HEAD, N, self.C), take(HEAD, self.V, self.C)
+        self._loss_scratch()
+        drop(losses, normed)
+        return xs, saved, (rstd, dx, dw)
+
+    def look(self) -> None:
+        """The loss of one batch of held-out text: nothing is recorded."""
+        take, drop, N = self.heap.take, self.heap.drop, self.N
+        x = take(FORWARD, N, self.C)
+        for _ in range(self.shape.num_hidden_layers):
+            y, _ = self.block(x, FORWARD, keep=False)
+            drop(x)
+            x = y
+        normed, rstd = take(FORWARD, N, self.C), take(FORWARD, N)
+        drop(rstd)
+        losses = take(FORWARD, N)
+        self._loss_scratch()
+        drop(losses, normed, x)
+
+    def draw(self) -> None:
+        """The picture of the curve, once everything is trained: drawn larger, then made smaller, across and down."""
+        width, height = Curve.size
+        large = self.heap.take(PICTURE, SCALE * width, SCALE * height)  # four bytes per point
+        half, small = self.heap.take(PICTURE, width, SCALE * height), self.heap.take(PICTURE, width, height)
+        self.heap.drop(large, half, small)
+
+    def _loss_scratch(self) -> None:
+        self.scratch(scratch_floats("linear_cross_entropy", self.threads, self.N, self.C, self.V))
+
+    def _attention_scratch(self, which: str) -> int:
+        B, T = self.batch, self.context
+        return scratch_floats(which, self.threads, B, T, T, self.H, self.KH, self.D)
+
+    def _drop_block(self, s: Saved) -> None:
+        self.heap.drop(s.rstd1, s.norm1, s.q, s.k, s.v, s.o, s.lse, s.middle, s.rstd2, s.norm2, s.gate, s.up, s.product)
+
+    # ---- backward
+
+    def backward(self, xs: list[Array], saved: list[Saved], head: tuple[Array, Array, Array]) -> None:
+        """The walk of tensor.py, from the loss to the embedding."""
+        take, drop, N, C = self.heap.take, self.heap.drop, self.N, self.C
+        rstd, dx, dw = head
+        scaled, dw_scaled = take(BACKWARD, N, C), take(BACKWARD, self.V, C)  # times the loss's own gradient
+        drop(dx, dw)
+        self._give("embed" if self.shape.tie_word_embeddings else "head", dw_scaled)
+        d = take(BACKWARD, N, C)
+        self._norm_backward("norm")
+        drop(scaled, xs.pop(), rstd)
+
+        for i in reversed(range(self.shape.num_hidden_layers)):
+            x = xs.pop()
+            if self.checkpointing:
+                again, s = self.block(x, BLOCK, keep=True)
+                drop(again)
+            else:
+                s = saved.pop()
+            d = self._block_backward(i, s, d)
+        dw = take(BACKWARD, self.V, C)
+        self._give("embed", dw)
+        drop(d)
+
+    def _block_backward(self, i: int, s: Saved, d: Array) -> Array:
+        """Back through a block, its last operation first: the gradient of its input."""
+        take, drop, N, C, F = self.heap.take, self.heap.drop, self.N, self.C, self.F
+        dproduct = self._linear_backward(f"{i}.down", F, C, self.shape.mlp_bias)
+        drop(s.product)
+        dgate, dup = take(BACKWARD, N, F), take(BACKWARD, N, F)
+        drop(dproduct, s.gate, s.up)
+        dnorm = self._linear_backward(f"{i}.up", C, F, self.shape.mlp_bias)
+        drop(dup)
+        dnorm = self._linear_backward(f"{i}.gate", C, F, self.shape.mlp_bias, before=dnorm)
+        drop(dgate, s.norm2)
+        d = self._through_norm(f"{i}.norm2", d, dnorm, s.middle, s.rstd2)
+
+        bias = self.shape.attention_bias
+        do = self._linear_backward(f"{i}.o", self.Q, C, bias)
+        dq, dk, dv = take(BACKWARD, N, self.Q), take(BACKWARD, N, self.KV), take(BACKWARD, N, self.KV)
+        self.scratch(self._attention_scratch("attention_backward"))
+        drop(do, s.q, s.k, s.v, s.o, s.lse)
+        dk_flat = take(BACKWARD, N, self.KV)
+        drop(dk)
+        dq_flat = take(BACKWARD, N, self.Q)
+        drop(dq)
+        dnorm = self._linear_backward(f"{i}.v", C, self.KV, bias)
+        drop(dv)
+        dnorm = self._linear_backward(f"{i}.k", C, self.KV, bias, before=dnorm)
+        drop(dk_flat)
+        more = self._linear_backward(f"{i}.q", C, self.Q, bias)  # added to dnorm in place
+        drop(more, dq_flat, s.norm1)
+        return self._through_norm(f"{i}.norm1", d, dnorm, s.x, s.rstd1)
+
+    def _linear_backward(self, name: str, inputs: int, outputs: int, bias: bool, before: Array | None = None) -> Array:
+        """dx, and dw on its way to its parameter. Where another gradient of x came `before`, their sum is a new array."""
+        take, drop = self.heap.take, self.heap.drop
+        dx, dw = take(BACKWARD, self.N, inputs), take(BACKWARD, outputs, inputs)
+        db = take(BACKWARD, outputs) if bias else None
+        total = dx
+        if before is not None:
+            total = take(BACKWARD, self.N, inputs)
+            drop(before, dx)
+        self._give(name, dw)
+        if db is not None:
+            self._give(f"{name}.bias", db)
+        return total
+
+    def _norm_backward(self, name: str) -> None:
+        self._give(name, self.heap.take(BACKWARD, self.C))
+        self.scratch(scratch_floats("norm", self.N, self.C))
+
+    def _through_norm(self, name: str, d: Array, dnorm: Array, x: Array, rstd: Array) -> Array:
+        """The residual stream's gradient: d, around the norm, plus what comes through it."""
+        dx = self.heap.take(BACKWARD, self.N, self.C)
+        self._norm_backward(name)
+        total = self.heap.take(BACKWARD, self.N, self.C)
+        self.heap.drop(d, dx, dnorm, x, rstd)
+        return total
+
+    def _give(self, name: str, dw: Array) -> None:
+        """A parameter keeps its first gradient; later ones are added to it."""
+        if name in self.grads:
+            self.heap.drop(dw)
+        else:
+            self.grads[name] = self.heap.rename(dw, GRADIENTS)

@@ -1,0 +1,16 @@
+"""A run in a process of its own, for test_plan.py: `entrenar train ARGUMENTS`, then the peak the system counted, in bytes.
+
+    python plan_measure.py PEAK_FILE --config FILE.toml --out RUN ...
+
+The peak is told from inside, when all is done: what the parent process learns (ru_maxrss) begins at the parent's own.
+"""
+
+import sys
+from pathlib import Path
+
+from entrenar.cli import main
+from entrenar.training import machine
+
+code = main(["train", *sys.argv[2:]])
+Path(sys.argv[1]).write_text(str(machine.memory_peak()))
+sys.exit(code)
