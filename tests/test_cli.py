@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from conftest import SAME_PACKAGE
@@ -125,6 +126,15 @@ def test_only_the_verb_that_runs_is_imported():
     done = subprocess.run([sys.executable, "-c", code], env=SAME_PACKAGE, capture_output=True, text=True)
     verbs = {module.removeprefix("entrenar.cli.") for module in cli.VERBS.values()}
     assert verbs & {name.removeprefix("entrenar.cli.") for name in done.stdout.split()} == {"plan"}, done.stderr
+
+
+def test_the_documentation_shows_the_help_as_it_is_and_has_every_verb():
+    text = (Path(__file__).parent.parent / "docs" / "command.md").read_text()
+    assert cli.overview() in text
+    for name in cli.VERBS:
+        assert re.search(rf"^## .*\b{name}\b", text, re.M), name
+    codes = set(re.findall(r"^\| (\d+) \|", text, re.M))
+    assert codes == {"0", "1", "2", "129", "130", "141", "143"}
 
 
 # Words that cannot be read

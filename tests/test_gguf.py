@@ -173,13 +173,19 @@ HOSTILE = {
     "key longer than allowed": (file_of([struct.pack("<Q", 2**63) + bytes(99)]), "at most 65,535 are allowed"),
     "key is no text": (file_of([key(b"\xff\xfe", 4, bytes(4))]), "a key is not UTF-8"),
     "key twice": (file_of([key("a", 4, bytes(4))] * 2), "the key 'a' is there twice"),
-    "unknown type of value": (file_of([key("a", 13, bytes(9))]), "a has type 13"),
-    "huge text": (file_of([key("a", 8, struct.pack("<Q", 2**62))]), "the file ends inside a"),
-    "array of unknown type": (file_of([key("a", 9, struct.pack("<IQ", 99, 1))]), "an array of type 99"),
-    "huge array": (file_of([key("a", 9, struct.pack("<IQ", 12, 2**61))]), "items of a cannot lie in"),
-    "huge array of texts": (file_of([key("a", 9, struct.pack("<IQ", 8, 2**40))]), "items of a cannot lie in"),
+    "unknown type of value": (file_of([key("a", 13, bytes(9))]), "the key 'a' has type 13"),
+    "huge text": (file_of([key("a", 8, struct.pack("<Q", 2**62))]), "the file ends inside the key 'a'"),
+    "array of unknown type": (file_of([key("a", 9, struct.pack("<IQ", 99, 1))]), "the key 'a' is an array of type 99"),
+    "huge array": (file_of([key("a", 9, struct.pack("<IQ", 12, 2**61))]), "items of the key 'a' cannot lie"),
+    "huge array of texts": (file_of([key("a", 9, struct.pack("<IQ", 8, 2**40))]), "items of the key 'a' cannot lie"),
+    "many texts": (file_of([key("a", 9, struct.pack("<IQ", 8, 2**20 + 1) + bytes(2**23 + 8))]), "more than the 1,048"),
+    "many arrays": (file_of([key("a", 9, struct.pack("<IQ", 9, 4097) + bytes(12 * 4097))]), "more than the 1,048,576"),
+    "text in an array cut": (file_of([key("a", 9, struct.pack("<IQ2Q", 8, 2, 0, 99))]),
+                             "ends inside the key 'a': 99 bytes wanted"),
+    "text in an array is none": (file_of([key("a", 9, struct.pack("<IQ", 8, 1) + string(b"\xff"))]), "'a' is not UTF-8"),
+    "long key": (file_of([key("a" * 60000, 13, bytes(9))]), r"the key 'a{96}\.\.\. has type 13"),
     "deep nesting": (file_of([key("a", 9, nested(5))]), "more than 4 deep"),
-    "truth value 2": (file_of([key("a", 7, b"\2")], data=bytes(8)), "a is 2; wanted 0"),
+    "truth value 2": (file_of([key("a", 7, b"\2")], data=bytes(8)), "the key 'a' is 2; wanted 0"),
     "truth value 2 in an array": (file_of([key("a", 9, struct.pack("<IQ", 7, 1) + b"\2")]), "neither 0 nor 1"),
     "alignment 0": (file_of([key("general.alignment", 4, struct.pack("<I", 0))]), "general.alignment = 0"),
     "alignment 48": (file_of([key("general.alignment", 4, struct.pack("<I", 48))]), "general.alignment = 48"),
@@ -235,7 +241,7 @@ def test_a_file_cut_at_any_byte_is_refused(tmp_path):
 def test_changed_bytes_give_a_refusal_or_another_file_but_nothing_else(tmp_path):
     path, dice = small_file(tmp_path), random.Random(0)
     raw, refused = path.read_bytes(), 0
-    for _ in range(1500):
+    for _ in range(600):
         changed = bytearray(raw)
         for _ in range(dice.randint(1, 4)):
             changed[dice.randrange(len(raw))] = dice.choice([0, 1, 255, 127, 128, dice.randrange(256)])
@@ -248,7 +254,7 @@ def test_changed_bytes_give_a_refusal_or_another_file_but_nothing_else(tmp_path)
                         assert file[name].shape == entry.shape
         except FormatError:
             refused += 1
-    assert 300 < refused < 1500
+    assert 100 < refused < 600
 
 
 def test_values_of_other_block_types_are_refused_by_name(tmp_path):

@@ -160,7 +160,7 @@ def test_transformers_computes_the_same_logits_from_the_file(tmp_path, name):
 # The tokenizer
 
 TEXTS = ["the cat  sat", " on\n\n the mat!", "don't 12345 naïve 日本 🙂", "", "\t\tif x == 3:\r\n"]
-CORPUS = ["the cat sat on the mat, don't 123", "naïve café 日本", "    if x == 3:", "return self.value  # a comment"] * 20
+CORPUS = ["the cat sat on the mat, don't 123", "naïve café 日本", "    if x == 3:", "return self.value  # text"] * 20
 
 
 def tokens_of_transformers(path, texts):

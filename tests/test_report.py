@@ -458,14 +458,34 @@ def test_lines_come_from_the_last_to_the_first_whatever_the_block(tmp_path):
         path.write_bytes(content)
         wanted = content.split(b"\n")[::-1] if content else [b""]
         for block in (1, 2, 3, 7, 1000):
-            assert list(lines_backward(path, block=block)) == wanted
+            assert list(lines_backward(path, len(content), block=block)) == wanted
 
 
 def test_of_a_line_without_end_only_its_end_is_kept(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b"a" * 1000 + b"z\nlast")
-    assert list(lines_backward(path, block=10, longest=20))[0] == b"last"
-    assert max(map(len, lines_backward(path, block=10, longest=20))) <= 30
+    lines = list(lines_backward(path, 1006, block=10, longest=20))
+    assert lines[0] == b"last" and lines[1].endswith(b"az") and max(map(len, lines)) <= 30
+
+
+def test_what_a_run_writes_while_its_report_is_made_does_not_count(tmp_path, monkeypatch):
+    run = a_run(tmp_path / "run", [START, step(1), step(2)])
+    before = Record._last_step
+
+    def and_meanwhile(record):
+        last = before(record)
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write("".join(json.dumps(event) + "\n" for event in (step(3), look(3, 2.0), step(4))))
+        return last
+
+    monkeypatch.setattr(Record, "_last_step", and_meanwhile)
+    assert Record(run).last["step"] == 2
+    monkeypatch.undo()
+    assert Record(run).last["step"] == 4
+
+
+def test_a_look_without_its_step_is_passed_over(tmp_path):
+    assert Record(a_run(tmp_path / "run", [START, step(1), look(900, 2.0)])).look == {}
 
 
 def test_of_a_step_told_twice_the_later_line_counts_and_abandoned_steps_do_not(tmp_path):

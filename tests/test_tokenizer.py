@@ -28,8 +28,8 @@ TEXTS = [
     "שלום עולם: مرحبا 👩‍👩‍👧‍👦",
     " " * 100 + "\n" * 30,
 ]
-WORDS = [*" \n\t\rab1!'s.é日😀\u0301\u200d\x00\x85\u3000<>/|", "  ", "\r\n", "the quick", " brown", "</s>", END, "<0x0A>",
-         "<|eot_id|>", "<unk>", "don't", *LINES[:200].split(" ")]  # fmt: skip
+WORDS = [*" \n\t\rab1!'s.é日😀\u0301\u200d\x00\x85\u3000<>/|", "  ", "\r\n", "the quick", " brown", "</s>", END,
+         "<0x0A>", "<|eot_id|>", "<unk>", "don't", *LINES[:200].split(" ")]  # fmt: skip
 any_text = st.text(max_size=40) | st.lists(st.sampled_from(WORDS), max_size=25).map("".join)
 
 
@@ -279,7 +279,7 @@ def test_the_end_token_is_looked_for_in_order(made, tmp_path, files, end):
 def test_who_has_no_end_token_is_told_where_it_was_looked_for(made, tmp_path):
     values = json.loads((made["ours"] / "tokenizer.json").read_text().replace(END, "<|unusual|>"))
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(TokenizerError, match=r"no token that ends a text.*generation_config.json.*name it as eos_token"):
+    with pytest.raises(TokenizerError, match="has no token that ends a text.*name it as eos_token"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|unusual|>"}')
     assert load_tokenizer(tmp_path).end_id == 0
@@ -444,7 +444,7 @@ def test_bad_tokenizers_are_refused(tmp_path):
         ("", "is empty"),
         ('{"model": {}, "model": {}}', "the key 'model' is there twice"),
         ("[" * 100_000, "line 1 column"),
-        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "no tokenizer.json of the tokenizers"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}', "no tokenizer.json of the"),
         ('{"model": {"type": "BPE", "vocab": [1], "merges": []}}', "no tokenizer.json of the tokenizers library"),
         ('{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"</s>":0,"a":4000000000},"merges":[]}}',
          "2 tokens with ids up to 4,000,000,000: wanted ids in a row"),
@@ -496,8 +496,9 @@ def test_a_token_that_no_text_can_avoid_is_refused(made, tmp_path):
     """A special token of one letter: a text with that letter cannot be told from it."""
     values = json.loads((made["llama2_json"] / "tokenizer.json").read_text())
     letter = next(text for text in values["model"]["vocab"] if text == "q")
-    values["added_tokens"].append({"id": values["model"]["vocab"][letter], "content": letter, "special": True,
-                                   **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)})  # fmt: skip
+    added = {"id": values["model"]["vocab"][letter], "content": letter, "special": True}
+    added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    values["added_tokens"].append(added)
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode("a word")) == "a word"

@@ -84,9 +84,9 @@ def run(words: list[str]) -> int:
         print(overview(), file=sys.stdout if words else sys.stderr)
         return DONE if words else UNUSABLE
     if words[0] in ("--version", "-V"):
-        import entrenar
+        from entrenar.version import __version__
 
-        print(f"entrenar {entrenar.__version__}")
+        print(f"entrenar {__version__}")
         return DONE
     return run_verb(words[0], words[1:])
 

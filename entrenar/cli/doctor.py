@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-import entrenar
 from entrenar import kernels
 from entrenar.cli.measure import fma_peak, memory_bandwidth, product_error, tolerance
 from entrenar.cli.terminal import facts, paint
 from entrenar.kernels.threads import cpu_quota, processors
+from entrenar.version import __version__
 
 NAME = "doctor"
 HELP = "say what runs here, how fast, and what is wrong with it"
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def installed() -> Section:
     section = Section("installed")
-    section.fact("entrenar", entrenar.__version__, f"{entrenar.__version__} in {Path(entrenar.__file__).parent}")
+    section.fact("entrenar", __version__, f"{__version__} in {Path(kernels.__file__).parent.parent}")
     section.fact("python", platform.python_version(), f"{platform.python_version()}, {sys.executable}")
     section.fact("system", platform.platform())
     section.fact("numpy", np.__version__, f"{np.__version__} with {blas()}")

@@ -64,12 +64,13 @@ def weight_files(path: Path, problems: list[str]) -> list[Path]:
     names = sorted(set(places.values()))
     if odd := [name for name in names if Path(name).name != name]:
         raise FormatError(f"{index}: weight_map names {odd[0]!r}: wanted a file of this folder")
-    problems += [f"{name} is missing, which {index.name} names" for name in names if not (path / name).is_file()]
     files = [path / name for name in names if (path / name).is_file()]
+    gone = [name for name in names if path / name not in files]
+    problems += [f"{clipped(name, 100)} is missing, which {index.name} names" for name in gone[:SHOWN]]
     held = {tensor: file.name for file in files for tensor in read_header(file).entries}
     here = {file.name for file in files}
     lost = [tensor for tensor, name in places.items() if name in here and held.get(tensor) != name]
-    problems += [f"{clipped(tensor, 100)} is not in {places[tensor]}, where {index.name} says" for tensor in lost[:SHOWN]]
+    problems += [f"{clipped(name, 100)} is not in {places[name]}, where {index.name} says" for name in lost[:SHOWN]]
     return files
 
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from entrenar import Tensor, kernels, ops
+from entrenar import kernels, ops
+from entrenar.tensor import Tensor
 
 
 def fma_peak(threads: int, seconds: float) -> float:

@@ -60,8 +60,8 @@ def stats_of(block: np.ndarray) -> Stats:
     """Of one block that fits into memory."""
     x = np.asarray(block).reshape(-1).astype(np.float64)
     finite = np.isfinite(x)
-    nan = int(np.isnan(x).sum())
     good = x if finite.all() else x[finite]
+    nan = int(np.isnan(x).sum()) if len(good) < len(x) else 0
     if not good.size:
         return Stats(x.size, nan=nan, inf=x.size - nan)
     with np.errstate(over="ignore", invalid="ignore"):  # sums of float64's largest

@@ -51,7 +51,7 @@ class SourceFile:
 
     def __str__(self) -> str:
         """What messages call it."""
-        return STDIN_NAME if self.name == STDIN_NAME else str(self.path)
+        return STDIN_NAME if self.name == STDIN_NAME else printable(str(self.path))
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,11 @@ def source_file(name: str, path: Path) -> SourceFile:
     packing = PACKINGS.get(ending, "")
     kind = KINDS.get(os.path.splitext(stem)[1] if packing else ending, "text")
     return SourceFile(name, path, "text" if packing and kind == "parquet" else kind, packing)
+
+
+def printable(name: str) -> str:
+    """The name of a file, where its bytes are no UTF-8 with escapes: every terminal and JSON reader takes it."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def is_held_out(name: str, share: float) -> bool:

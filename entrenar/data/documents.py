@@ -93,9 +93,9 @@ def read_documents(sources: Sources, *, skip_bad: bool = False) -> Iterator[tupl
                 raise CorpusError(f"data.source: {document}") from None
 
 
-def place(file: SourceFile, number: int, *, short: bool = False) -> str:
+def place(file: SourceFile, number: int) -> str:
     """Where a row stands, for people: "corpus.jsonl line 17", "corpus.parquet row 3"."""
-    return f"{file.name if short else file} {'row' if file.kind == 'parquet' else 'line'} {number:,}"
+    return f"{file} {'row' if file.kind == 'parquet' else 'line'} {number:,}"
 
 
 def on_disk(stream: IO[bytes]) -> int:
@@ -138,9 +138,9 @@ def _zstd(inner: IO[bytes]) -> IO[bytes]:
     return cast(IO[bytes], stream)
 
 
-def _read(stream: IO[bytes], file: SourceFile, size: int = BLOCK) -> bytes:
+def _read(stream: IO[bytes], file: SourceFile, size: int | None = None) -> bytes:
     try:
-        return stream.read(size)
+        return stream.read(BLOCK if size is None else size)
     except Exception as error:
         raise _damaged(file, error) from None
 
@@ -237,7 +237,7 @@ def _to_line_end(stream: IO[bytes], line: bytes) -> int:
 
 def _jsonl_row(file: SourceFile, line: bytes, number: int, start: int, after: int) -> Row | Unusable:
     try:
-        text = _text_of(json.loads(line.decode()))
+        text = _text_of(json.loads(line.rstrip(b"\r\n").decode()))
         return Row(text, len(text) if text.isascii() else len(text.encode()), number, after)
     except json.JSONDecodeError as error:
         fault = f"is not JSON: {error.msg[:1].lower()}{error.msg[1:]} at column {error.colno}"

@@ -43,14 +43,15 @@ def encode_slabs(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tupl
 
 
 def slabs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """About SLAB characters at a time; a slab that begins inside a row ends with it, so that the journal can go on."""
     slab: list[Piece] = []
-    size = 0
+    size, inside = 0, False
     for piece in pieces:
         slab.append(piece)
         size += len(piece.text)
-        if size >= SLAB:
+        if size >= SLAB or (inside and piece.after):
             yield slab
-            slab, size = [], 0
+            slab, size, inside = [], 0, piece.after is None
     if slab:
         yield slab
 

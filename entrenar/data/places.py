@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entrenar.data.corpus import source_file
+from entrenar.data.corpus import printable, source_file
 from entrenar.data.tokenizer import Tokenizer
 from entrenar.formats import FormatError, open_regular
 
@@ -47,7 +47,7 @@ class Places:
         if kind == "text":
             before = tokens[int(self.records[found]["token"]) : offset]
             line += 1 + tokenizer.decode(before.tolist()).count("\n")
-        return f"{name} {'row' if kind == 'parquet' else 'line'} {line:,}"
+        return f"{printable(name)} {'row' if kind == 'parquet' else 'line'} {line:,}"
 
 
 class PlacesWriter:

@@ -7,7 +7,7 @@ another version: another key. A folder of prepared data has
     facts.json                        what is known of it, for people too
     tokenizer/                        as the tokenizer's `save` wrote it
     train.tokens, held_out.tokens     the ids (tokenfile.py)
-    places, names.json                where they come from (places.py), and the names of the source's files
+    places, names                     where they come from (places.py); the names of the source's files, NUL after each
 
 The work: read everything once (scan.py), learn a tokenizer from a sample, encode piece by piece (encoding.py), all in
 a folder that the next preparation goes on with if this one is killed (work.py).
@@ -15,6 +15,7 @@ a folder that the next preparation goes on with if this one is killed (work.py).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar.data.corpus import CorpusError, Sources, find_sources
+from entrenar.data.corpus import CorpusError, Sources, find_sources, printable
 from entrenar.data.encoding import Writer, encode_slabs
 from entrenar.data.pieces import BEGINNING, LEARN_FROM, Position, pieces, sample
 from entrenar.data.places import Places, open_places
@@ -37,11 +38,11 @@ from entrenar.data.tokenfile import open_tokens, read_header
 from entrenar.data.tokenizer import FILE, ByteTokenizer, Tokenizer, TokenizerError, load_tokenizer, train_bpe
 from entrenar.data.work import HELD_OUT, PLACES, TOKENIZER, TRAIN, Work
 from entrenar.files import new_folder, write_file
-from entrenar.formats.strict_json import read_json, read_object
+from entrenar.formats import open_regular
+from entrenar.formats.strict_json import read_object
 
 FORMAT = 2  # of the cache; another number makes every old entry stale
-FACTS, NAMES = "facts.json", "names.json"
-_LIMIT = 1 << 30  # bytes of names.json
+FACTS, NAMES = "facts.json", "names"
 
 Say = Callable[..., None]
 
@@ -240,17 +241,20 @@ def _fill(work: Work, job: _Job) -> None:
         facts = _finish_files(work, writer, tokenizer, found, job)
     finally:
         writer.close()
-    write_file(work.path(NAMES), json.dumps([file.name for file in sources.files]))
+    write_file(work.path(NAMES), b"".join(os.fsencode(file.name) + b"\0" for file in sources.files))
     write_file(work.path(FACTS), json.dumps({"format": FORMAT, "key": job.key, "facts": asdict(facts)}, indent=2))
 
 
 def _tokenizer(work: Work, found: Scan, job: _Job, progress: Progress) -> Tokenizer:
     """The tokenizer, made or loaded, and kept with the work; as it was kept there, the second time."""
     folder = work.path(TOKENIZER)
-    if not folder.is_dir():
-        made = _new_tokenizer(found, job, progress)
-        with new_folder(folder) as temporary:
-            made.save(temporary)
+    with contextlib.suppress(TokenizerError):
+        return load_tokenizer(folder)
+    work.forget_journal()
+    shutil.rmtree(folder, ignore_errors=True)
+    made = _new_tokenizer(found, job, progress)
+    with new_folder(folder) as temporary:
+        made.save(temporary)
     return load_tokenizer(folder)
 
 
@@ -284,7 +288,7 @@ def _finish_files(work: Work, writer: Writer, tokenizer: Tokenizer, found: Scan,
         told.append(int(counts @ lengths))
     compared, gzip_bits, xz_bits = writer.compressed()
     return Facts(
-        source=job.sources.source,
+        source=printable(job.sources.source),
         train_documents=made.documents[0],
         train_bytes=made.bytes[0],
         train_tokens=made.tokens[0],
@@ -393,7 +397,9 @@ def _facts(path: Path) -> tuple[Facts, str]:
 
 
 def _names(path: Path) -> list[str]:
-    names = read_json(path, limit=_LIMIT)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CorpusError(f"{path}: wanted a list of names")
-    return names
+    file, _ = open_regular(path)
+    with file:
+        *names, rest = file.read().split(b"\0")
+    if rest or not names:
+        raise CorpusError(f"{path}: wanted names, a NUL after each; the file was cut off")
+    return [os.fsdecode(name) for name in names]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from entrenar.data.corpus import STDLIB, CorpusError, SourceFile, Sources, is_held_out
+from entrenar.data.corpus import STDLIB, CorpusError, SourceFile, Sources, is_held_out, printable
 from entrenar.data.documents import Unusable, rows, text_slabs
 
 PATIENCE = 30.0  # seconds of further reading once something bad was found
@@ -63,7 +63,7 @@ class Scan:
     def skip(self, name: str) -> None:
         self.skipped_documents += 1
         if len(self.skipped) < NAMED:
-            self.skipped.append(name)
+            self.skipped.append(printable(name))
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from entrenar.formats import FormatError, open_regular
+from entrenar.formats import FormatError, open_regular, short
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 STRING, ARRAY = 8, 9
@@ -36,8 +36,9 @@ BOOL = 7
 # What real files stay far below; the format itself sets the first three
 KEY_LENGTH, NAME_LENGTH, DIMENSIONS = 65535, 64, 4
 DEPTH = 4  # arrays inside each other; llama.cpp reads 1
-TENSORS, KEYS = 1 << 18, 1 << 16
-ITEMS = 1 << 21  # texts and arrays in the metadata, together; the largest vocabularies have some 600,000 with merges
+TENSORS, KEYS = 1 << 16, 1 << 16
+ITEMS = 1 << 20  # texts in arrays, all together; the largest vocabularies have some 700,000 with their merges
+ARRAY_ITEMS = 256  # how many texts an array in an array counts for: no file in use has any
 
 CHUNK = 1 << 18  # values converted at a time while writing: 1 MB of float32 stays in the cache
 
@@ -290,7 +291,7 @@ class _Reader:
 
     def __init__(self, path: str, data: np.ndarray) -> None:
         self.path, self.data, self.size, self.at = path, memoryview(data.data), len(data), 0
-        self.items = 0  # texts and arrays read so far
+        self.items = 0  # of all arrays of texts and of arrays, so far
 
     def fail(self, why: str, at: int | None = None) -> FormatError:
         return FormatError(f"{self.path}: byte {self.at if at is None else at}: {why}")
@@ -330,10 +331,9 @@ class _Reader:
             return self.truth(what) if code == BOOL else self.number(letter, what), name
         if code not in (STRING, ARRAY):
             raise self.fail(f"{what} has type {code}, which GGUF does not define (0 to 12)", self.at - 4)
-        self.items += 1
-        if self.items > ITEMS:
-            raise self.fail(f"more than {ITEMS:,} texts and arrays in the metadata")
-        return (self.text(what), "string") if code == STRING else self.array(what, depth + 1)
+        if code == STRING:
+            return self.text(what), "string"
+        return self.array(what, depth + 1)
 
     def truth(self, what: str) -> bool:
         byte = self.number("B", what)
@@ -350,9 +350,29 @@ class _Reader:
         if code in SCALARS:
             return self.numbers(code, what)
         length = self.count(f"items of {what}", smallest=8 if code == STRING else 12)
-        pairs = [self.value(code, what, depth) for _ in range(length)]
-        name = "string" if code == STRING else "array"
-        return [value for value, _ in pairs], f"{name}[{length}]"
+        self.items += length if code == STRING else length * ARRAY_ITEMS
+        if self.items > ITEMS:
+            raise self.fail(f"{length:,} items of {what}: more than the {ITEMS:,} texts that are read of all metadata")
+        if code == STRING:
+            return self.texts(length, what), f"string[{length}]"
+        return [self.array(what, depth + 1)[0] for _ in range(length)], f"array[{length}]"
+
+    def texts(self, length: int, what: str) -> list[str]:
+        """So many texts; `text` for each, but quick: a vocabulary has hundreds of thousands."""
+        found, data, at, unpack = [], self.data, self.at, struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(length):
+                end = at + 8 + unpack(data, at)[0]
+                if end > self.size:
+                    break
+                found.append(str(data[at + 8 : end], "utf-8"))
+                at = end
+        except (struct.error, UnicodeDecodeError):
+            pass
+        self.at = at
+        while len(found) < length:  # says what is wrong
+            found.append(self.text(what))
+        return found
 
     def numbers(self, code: int, what: str) -> tuple[np.ndarray, str]:
         name, letter = SCALARS[code]
@@ -370,10 +390,11 @@ def _read_header(reader: _Reader) -> Header:
     metadata, kinds = {}, {}
     for _ in range(keys):
         place, key = reader.at, reader.text("a key", limit=KEY_LENGTH)
+        what = f"the key {short(key)}"
         if key in metadata:
-            raise reader.fail(f"the key {key!r} is there twice", place)
-        code = reader.number("I", f"the type of {key}")
-        metadata[key], kinds[key] = reader.value(code, key)
+            raise reader.fail(f"{what} is there twice", place)
+        code = reader.number("I", f"the type of {what}")
+        metadata[key], kinds[key] = reader.value(code, what)
     alignment = _alignment(reader, metadata, kinds)
     infos = [_read_info(reader) for _ in range(tensors)]
     data_start = -(-reader.at // alignment) * alignment
@@ -406,21 +427,21 @@ def _alignment(reader: _Reader, metadata: dict[str, Any], kinds: dict[str, str])
     alignment = metadata.get("general.alignment", ALIGNMENT)
     kind = kinds.get("general.alignment", "uint32")
     if kind != "uint32" or alignment == 0 or alignment & (alignment - 1):
-        raise reader.fail(f"general.alignment = {alignment!r} ({kind}); wanted a power of two (uint32)")
+        raise reader.fail(f"general.alignment = {short(alignment)} ({kind}); wanted a power of two (uint32)")
     return alignment
 
 
 def _read_info(reader: _Reader) -> tuple[int, str, tuple[int, ...], Type, int]:
     """(place, name, shape, type, offset) of one tensor"""
     place, name = reader.at, reader.text("a tensor's name", limit=NAME_LENGTH)
-    dimensions = reader.number("I", f"the dimensions of {name}")
+    dimensions = reader.number("I", f"the dimensions of {name!r}")
     if dimensions > DIMENSIONS:
         raise reader.fail(f"tensor {name!r} has {dimensions:,} dimensions; at most {DIMENSIONS} are allowed", place)
-    shape = tuple(reader.number("Q", f"the dimensions of {name}") for _ in range(dimensions))[::-1]
-    code = reader.number("I", f"the type of {name}")
+    shape = tuple(reader.number("Q", f"the dimensions of {name!r}") for _ in range(dimensions))[::-1]
+    code = reader.number("I", f"the type of {name!r}")
     if code not in TYPES:
         raise reader.fail(f"tensor {name!r} has the unknown type {code}", reader.at - 4)
-    return place, name, shape, TYPES[code], reader.number("Q", f"the offset of {name}")
+    return place, name, shape, TYPES[code], reader.number("Q", f"the offset of {name!r}")
 
 
 def _place(reader: _Reader, infos: list[tuple[int, str, tuple[int, ...], Type, int]], data_start: int,

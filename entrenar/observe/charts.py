@@ -16,7 +16,6 @@ from entrenar.observe.series import Column
 
 SMALLEST = 1e-30  # what is smaller is drawn as zero
 BOX = 1000  # both sides of the box in which lines are drawn
-MARKS = {"checkpoint": "checkpoint", "resume": "resumed", "warning": "warning", "error": "error"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,14 @@ class Scale:
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing. `unit` tells the page's script how to write a value: "", "bytes"."""
+    """One drawing.
+
+    about    what can be seen in it, in words
+    label    how a tick of the vertical axis is written
+    marks    kind -> steps; "resume" and "error" cross the drawing, every kind has its sign below the axis
+    unit     how the page's script writes a value: "" or "bytes"
+    named    names stand beside the lines' ends too, where the page is wide enough
+    """
 
     key: str
     title: str
@@ -76,7 +82,7 @@ class Chart:
     marks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     height: int = 180
     unit: str = ""
-    named: bool = False  # names stand beside the lines' ends too, where the page is wide enough
+    named: bool = False
 
 
 def draw(chart: Chart) -> str:
@@ -266,7 +272,7 @@ def _marks(chart: Chart) -> str:
     ]
     signs = [
         f'<path class="mark {kind}" d="{"".join(f"M{_short(_x(chart, s))} {BOX}h0" for s in chart.marks[kind])}"/>'
-        for kind in MARKS
+        for kind in chart.marks
         if chart.marks.get(kind)
     ]
     return _box("".join(across)) + _box("".join(signs), down=6) if across or signs else ""

@@ -91,6 +91,8 @@ class Record:
         self._saved: int | None = None  # step of the checkpoint seen before: the best may be written twice
         self._rates = 0
 
+        # read twice, and the run may go on meanwhile: what is written after this moment does not count
+        self._size = self.metrics.stat().st_size if self.metrics.is_file() else 0
         last = self._last_step()
         self.last_step = last
         self.series = {name: Series(last) for name in QUANTITIES}
@@ -148,7 +150,7 @@ class Record:
         self._broken, self._cut = 0, False
         if not self.metrics.is_file():
             return
-        for place, line in enumerate(lines_backward(self.metrics)):
+        for place, line in enumerate(lines_backward(self.metrics, self._size)):
             if (event := parse(line)) is not None:
                 yield event
                 if event["event"] == "start":
@@ -206,7 +208,7 @@ class Record:
             self.tokens_per_second += (rate - self.tokens_per_second) / self._rates
 
     def _take_look(self, step: int, event: Event) -> None:
-        if step >= min(self._limit, self._looks_limit):
+        if step >= min(self._limit, self._looks_limit) or step > self.last_step:
             return
         self._looks_limit = step
         self.look = self.look or event
@@ -237,10 +239,10 @@ class Record:
             return ""
 
 
-def lines_backward(path: Path, *, block: int = 1 << 18, longest: int = LONGEST_LINE) -> Iterator[bytes]:
-    """The lines of a file, the last one first, without their newlines; of one above `longest` bytes only the end."""
+def lines_backward(path: Path, end: int, *, block: int = 1 << 18, longest: int = LONGEST_LINE) -> Iterator[bytes]:
+    """The lines of a file's first `end` bytes, the last one first, without their newlines; of one above `longest`
+    bytes only the end."""
     with open(path, "rb") as file:
-        end = file.seek(0, 2)
         rest = b""  # the end of a line whose beginning lies further up in the file
         while end > 0:
             start = max(0, end - block)
@@ -268,6 +270,8 @@ def clipped(event: Event, most: int = 4000) -> Event:
 
 def number(value: Any) -> float | None:
     """A JSON number as a float (which may be NaN or infinite); None for anything else."""
+    if type(value) is float:  # nearly always: a million steps have ten million numbers
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

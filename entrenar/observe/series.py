@@ -27,19 +27,27 @@ class Series:
         self.sums: list[list[float] | None] = [None] * self.places  # count, sum of steps, of values, low, high
 
     def add(self, step: int, value: float | None) -> None:
-        """Count a value in. None: there was none. NaN, infinities and what is absurdly large are only counted."""
+        """Count the value of a step in, 0 <= step <= last; None where there was none.
+
+        NaN, infinities and what is absurdly large are counted, and nothing else.
+        """
         if value is None:
             return
         if not abs(value) <= LARGEST:  # NaN compares as false
             self.not_finite += 1
             return
         self.count += 1
-        place = column_of(step, self.last, self.places)
+        place = step * self.places // (self.last + 1)
         if (sums := self.sums[place]) is None:
             self.sums[place] = [1, step, value, value, value]
         else:
-            count, steps, values, low, high = sums
-            self.sums[place] = [count + 1, steps + step, values + value, min(low, value), max(high, value)]
+            sums[0] += 1
+            sums[1] += step
+            sums[2] += value
+            if value < sums[3]:
+                sums[3] = value
+            elif value > sums[4]:
+                sums[4] = value
 
     def columns(self) -> list[Column]:
         """In the order of steps, without the empty ones."""
@@ -52,8 +60,8 @@ class Series:
 
 
 def column_of(step: int, last: int, columns: int = COLUMNS) -> int:
-    """Which of the columns over 0 .. `last` a step falls into."""
-    return min(columns - 1, max(0, step) * columns // (last + 1))
+    """Which of the columns over 0 .. `last` a step falls into; the last one for a step beyond."""
+    return min(columns - 1, step * columns // (last + 1))
 
 
 def smooth(columns: Sequence[Column], share: float = 0.03) -> list[Column]:

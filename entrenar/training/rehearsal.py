@@ -357,9 +357,12 @@ class Rehearsal:
     def draw(self) -> None:
         """The picture of the curve, once everything is trained: drawn larger, then made smaller, across and down."""
         width, height = Curve.size
+        peak, fullest = self.heap.peak, self.heap.at_peak
         large = self.heap.take(PICTURE, SCALE * width, SCALE * height)  # four bytes per point
         half, small = self.heap.take(PICTURE, width, SCALE * height), self.heap.take(PICTURE, width, height)
         self.heap.drop(large, half, small)
+        if self.heap.peak > peak:  # most of it lies where activations were: what is told is what goes beyond them
+            self.heap.at_peak = fullest + Counter({PICTURE: self.heap.peak - peak})
 
     def _loss_scratch(self) -> None:
         self.scratch(scratch_floats("linear_cross_entropy", self.threads, self.N, self.C, self.V))

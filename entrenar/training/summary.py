@@ -105,8 +105,10 @@ def summarize(trainer: Trainer, last: HeldOut | None, sample: str) -> None:
 
 def visible(text: str) -> str:
     """The text with control characters shown as U+FFFD: a model may write what moves a terminal's cursor."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "".join(c if c.isprintable() or c in HARMLESS else "\ufffd" for c in text)
 
+
+HARMLESS = "\n\t\u00a0\u202f\u3000\u200c\u200d"  # spaces and joiners that Python does not call printable
 
 FILES = (
     ("report.html", "curves, samples, configuration, plan against measured: opens in a browser"),

@@ -144,6 +144,12 @@ class Trainer:
         self.requests.stop = why
 
     @property
+    def begin(self) -> int:
+        """The token before a text: the tokenizer's own for that, or the one that ends the text before."""
+        tokenizer = self.data.tokenizer
+        return tokenizer.end_id if tokenizer.begin_id is None else tokenizer.begin_id
+
+    @property
     def seconds(self) -> float:
         """How long the run has taken, with what came before it was resumed."""
         return time.perf_counter() - self.began
@@ -175,7 +181,7 @@ class Trainer:
         result = evaluate(
             self.model,
             self.data.held_out,
-            first=tokenizer.end_id,
+            first=self.begin,
             context=t.context,
             stride=stride,
             batch_size=t.batch_size,
@@ -196,7 +202,7 @@ class Trainer:
         """What the model writes after the prompt, or after the first line of the held-out text."""
         t, tokenizer = self.config.training, self.data.tokenizer
         prompt = t.sample_prompt or tokenizer.decode(self.data.held_out[:64]).partition("\n")[0] + "\n"
-        ids = [tokenizer.end_id, *tokenizer.encode(prompt).tolist()]
+        ids = [self.begin, *tokenizer.encode(prompt).tolist()]
         ids = ids[: self.model.config.max_position_embeddings - 1]
         written = generate(
             self.model,

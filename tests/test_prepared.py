@@ -1,0 +1,590 @@
+"""Prepared data: what the tokens are, the cache, going on after a kill, two runs at once, damage."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SAME_PACKAGE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from entrenar.data import (
+    CorpusError,
+    TokenizerError,
+    bits_per_byte,
+    find_sources,
+    load_prepared,
+    prepare,
+    train_bpe,
+)
+from entrenar.data import encoding as encoding_module
+from entrenar.data import pieces as pieces_module
+from entrenar.data import prepared as prepared_module
+from entrenar.data import yardsticks as yardsticks_module
+from entrenar.data.corpus import is_held_out
+from entrenar.data.tokenfile import TokenWriter
+from entrenar.data.work import Work
+
+LINES = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200))
+
+
+class Said(list):
+    """A `say` that remembers: (text, done, total)."""
+
+    def __call__(self, text, done=0, total=0):
+        self.append((text, done, total))
+
+    def texts(self):
+        return [text for text, _, _ in self]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(60):
+        (tmp_path / "text" / f"{i:02d}.txt").write_text(f"document {i}\n" + LINES[: 100 * i + 10])
+    return tmp_path / "text"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Everything in small steps, and the journal after each."""
+    monkeypatch.setattr(pieces_module, "PIECE", 100)
+    monkeypatch.setattr(encoding_module, "SLAB", 1500)
+    monkeypatch.setattr(encoding_module, "JOURNAL_EVERY", 0.0)
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def documents(tokenizer, ids):
+    ends = np.flatnonzero(ids == tokenizer.end_id)
+    assert len(ids) == 0 or ends[-1] == len(ids) - 1
+    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def contents(folder):
+    """Hashes of all files below."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }  # fmt: skip
+
+
+# --- what the tokens are ----------------------------------------------------------------------------------
+
+
+@given(texts=st.lists(st.text().filter(str.strip), min_size=1, max_size=8), held_out=st.sampled_from([0.05, 0.5]))
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_documents_of_any_unicode_come_back_from_the_tokens(tmp_path_factory, tokenizer, texts, held_out):
+    path = tmp_path_factory.mktemp("t") / "a.jsonl"
+    path.write_text(jsonl(texts))
+    if max(map(len, texts)) < 2 and len({is_held_out(text, held_out) for text in texts}) < 2:
+        with pytest.raises(CorpusError, match="too short|too little"):
+            prepare(str(path), tokenizer=tokenizer, cache="off", held_out=held_out)
+        return
+    made = prepare(str(path), tokenizer=tokenizer, vocab_size=260, cache="off", held_out=held_out)
+    train, held = documents(made.tokenizer, made.train), documents(made.tokenizer, made.held_out)
+    sides = [is_held_out(text, held_out) for text in texts]
+    if len(set(sides)) == 2:
+        assert train == [t for t, side in zip(texts, sides, strict=True) if not side]
+        assert held == [t for t, side in zip(texts, sides, strict=True) if side]
+    else:
+        rest = iter(held)
+        assert [part + (next(rest) if len(text) > 1 else "") for part, text in zip(train, texts, strict=True)] == texts
+    assert made.facts.train_bytes + made.facts.held_out_bytes == len("".join(texts).encode())
+    assert made.facts.exact_bytes and made.bytes_of(made.held_out) == made.facts.held_out_bytes
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([LINES, "def f(x):\n    return x\n" * 20], vocab_size=400)
+
+
+@given(text=st.text(st.sampled_from("ab 1.\n\t é😀"), min_size=2, max_size=600), slab=st.integers(50, 300))
+def test_how_a_text_is_cut_into_pieces_and_slabs_changes_no_token(tmp_path_factory, bpe, text, slab):
+    if not text.strip():
+        return
+    folder = tmp_path_factory.mktemp("t")
+    bpe.save(folder)
+    (folder / "a.txt").write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces_module, "PIECE", 20)
+        patch.setattr(encoding_module, "SLAB", slab)
+        made = prepare(str(folder / "a.txt"), tokenizer=str(folder), cache="off")
+    (train,), (held,) = documents(bpe, made.train), documents(bpe, made.held_out)
+    assert train + held == text
+    assert made.train[:-1].tolist() == bpe.encode(train).tolist()
+    assert made.held_out[:-1].tolist() == bpe.encode(held).tolist()
+
+
+def test_token_ids_of_a_large_vocabulary_take_four_bytes(tmp_path, folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)} | {f"{i:06d}": i for i in range(256, 70_000)}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|endoftext|>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    made = prepare(str(folder), tokenizer=str(tmp_path), cache="off")
+    assert made.train.dtype == made.held_out.dtype == np.uint32
+    assert made.train.max() == 70_000 == made.tokenizer.end_id
+
+
+def test_facts_count_every_byte_of_text(folder):
+    made = prepare(str(folder), vocab_size=300, cache="off")
+    lengths, facts = made.tokenizer.byte_lengths(), made.facts
+    assert lengths[made.train].sum() == facts.train_bytes
+    assert lengths[made.held_out].sum() == facts.held_out_bytes == facts.held_out_token_bytes
+    assert facts.train_bytes + facts.held_out_bytes == sum(p.stat().st_size for p in folder.iterdir())
+    assert facts.train_documents + facts.held_out_documents == 60
+    assert 0 < facts.gzip_bits < 8 and 0 < facts.xz_bits < 8 and facts.compared_bytes == facts.held_out_bytes
+
+
+def test_gzip_and_xz_compress_the_held_out_text_or_its_beginning(tmp_path, monkeypatch):
+    import lzma
+
+    (tmp_path / "a.txt").write_text(LINES)
+    made = prepare(str(tmp_path / "a.txt"), tokenizer="bytes", cache="off")
+    raw = made.tokenizer.decode(made.held_out[:-1].tolist()).encode()
+    assert made.facts.gzip_bits == 8 * len(gzip.compress(raw, 9, mtime=0)) / len(raw)
+    assert made.facts.xz_bits == 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw)
+    for module in (yardsticks_module, encoding_module):
+        monkeypatch.setattr(module, "LIMIT", 100)
+    made = prepare(str(tmp_path / "a.txt"), tokenizer="bytes", cache="off")
+    assert made.facts.compared_bytes == 100
+    assert made.facts.gzip_bits == 8 * len(gzip.compress(raw[:100], 9, mtime=0)) / 100
+
+
+def test_bits_per_byte_of_a_tokenizer_that_changes_text_are_of_the_true_bytes(folder, tmp_path):
+    from tokenizers import normalizers
+
+    made = train_bpe([LINES], vocab_size=300)
+    made.inner.normalizer = normalizers.Replace("e", "")
+    made.save(tmp_path)
+    prepared = prepare(str(folder), tokenizer=str(tmp_path), cache="off")
+    facts = prepared.facts
+    assert not facts.exact_bytes and facts.held_out_token_bytes < facts.held_out_bytes
+    assert prepared.bytes_of(prepared.held_out) == pytest.approx(facts.held_out_bytes)
+    part = prepared.held_out[:50]
+    told = prepared.tokenizer.byte_lengths()[part].sum()
+    assert prepared.bytes_of(part) == pytest.approx(told * facts.held_out_bytes / facts.held_out_token_bytes)
+
+
+def test_one_bit_per_byte_is_one_bit_per_byte():
+    assert bits_per_byte(np.log(2) * 100, 100) == pytest.approx(1)
+
+
+def test_a_tokenizer_that_is_not_there_is_named(folder):
+    with pytest.raises(TokenizerError, match="'bep' does not exist; wanted 'bpe', 'bytes', or a folder"):
+        prepare(str(folder), tokenizer="bep", cache="off")
+
+
+def test_names_that_are_no_utf8_are_names_too(folder, tmp_path):
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text(LINES)
+    made = prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    assert made.facts.train_documents > 1
+    assert os.fsdecode(b"caf\xe9.txt") in load_prepared(made.folder).places.names
+
+
+def test_bad_rows_are_left_out_counted_and_named_if_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text(jsonl([f"text {i}" for i in range(50)]) + "bad\n" * 30)
+    with pytest.raises(CorpusError, match="line 51 .* and 29 more cannot be used; --skip-bad"):
+        prepare(str(tmp_path / "a.jsonl"), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+    facts = prepare(str(tmp_path / "a.jsonl"), tokenizer="bytes", cache="off", skip_bad=True).facts
+    assert facts.skipped_documents == 30 and len(facts.skipped) == 10 and facts.skipped[0].endswith("line 51 (byte 990)")
+
+
+# --- where they come from ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_the_place_of_a_token_is_its_file_and_line(tmp_path, tokenizer, small):
+    (tmp_path / "notes").mkdir()
+    lines = [f"word{i} " * 5 for i in range(300)]
+    (tmp_path / "notes" / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "rows.jsonl").write_text(jsonl(["one\ntwo", "x " * 200, "three"]))
+    made = prepare(str(tmp_path), tokenizer=tokenizer, vocab_size=300, cache="off")
+    text = ""
+    for offset, token in enumerate(made.train.tolist()):
+        place = made.place(offset)
+        if place.startswith("notes/a.txt"):
+            assert place == f"notes/a.txt line {1 + text.count(chr(10)):,}"
+            text += made.tokenizer.decode([token])
+    assert text.count("\n") > 250
+    ends = np.flatnonzero(made.train == made.tokenizer.end_id)
+    assert [made.place(int(end)) for end in ends[1:]] == [f"rows.jsonl line {i}" for i in (1, 2, 3)]
+    assert made.place(int(ends[1]) + 1) == "rows.jsonl line 2"
+    with pytest.raises(IndexError, match=f"token {len(made.train)}: wanted 0 to {len(made.train) - 1}"):
+        made.place(len(made.train))
+
+
+def test_the_place_in_a_parquet_file_is_a_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["first text", "second"]}), tmp_path / "a.parquet")
+    made = prepare(str(tmp_path / "a.parquet"), tokenizer="bytes", cache="off")
+    assert {made.place(0), made.place(len(made.train) - 1)} <= {"a.parquet row 1", "a.parquet row 2"}
+
+
+# --- the cache --------------------------------------------------------------------------------------------
+
+
+def test_the_second_preparation_comes_from_the_cache(folder, tmp_path):
+    said = Said()
+    options = {"vocab_size": 300, "cache": str(tmp_path / "cache"), "say": said}
+    first, second = prepare(str(folder), **options), prepare(str(folder), **options)
+    assert not first.cached and second.cached
+    assert first.facts == second.facts and first.identity == second.identity
+    np.testing.assert_array_equal(first.train, second.train)
+    np.testing.assert_array_equal(first.held_out, second.held_out)
+    assert sum("training a tokenizer" in text for text in said.texts()) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.folder.name]
+    assert load_prepared(first.folder).identity == first.identity
+
+
+def test_the_cache_notices_another_setting_and_a_changed_file(folder, tmp_path):
+    options = {"vocab_size": 300, "cache": str(tmp_path / "cache")}
+    prepare(str(folder), **options)
+    for change in ({"vocab_size": 301}, {"tokenizer": "bytes"}, {"held_out": 0.1}, {"skip_bad": True}):
+        assert not prepare(str(folder), **options | change).cached, change
+    os.utime(folder / "07.txt", ns=(time.time_ns(), time.time_ns() + 10**9))
+    assert not prepare(str(folder), **options).cached
+
+
+def test_the_cache_notices_a_changed_tokenizer(folder, tmp_path, bpe):
+    bpe.save(tmp_path)
+    options = {"tokenizer": str(tmp_path), "cache": str(tmp_path / "cache")}
+    first = prepare(str(folder), **options)
+    assert prepare(str(folder), **options).cached
+    train_bpe([LINES], vocab_size=300).save(tmp_path)
+    other = prepare(str(folder), **options)
+    assert not other.cached and other.identity != first.identity
+
+
+def test_the_identity_is_the_same_wherever_it_is_prepared_and_another_for_other_tokens(folder, tmp_path):
+    made = [prepare(str(folder), vocab_size=300, cache=str(tmp_path / name)) for name in "ab"]
+    assert made[0].identity == made[1].identity
+    assert prepare(str(folder), vocab_size=301, cache="off").identity != made[0].identity
+    (folder / "07.txt").write_text("document 7, changed\n")
+    assert prepare(str(folder), vocab_size=300, cache="off").identity != made[0].identity
+
+
+DAMAGES = {
+    "train.tokens": [b"", b"garbage", "cut", "flip"],
+    "held_out.tokens": ["cut", "flip"],
+    "facts.json": [b"", b"[]", b"{}", "cut", b'{"format": 1}', b"[" * 100_000],
+    "names": [b"", "cut"],
+    "places": ["cut"],
+    "tokenizer/tokenizer.json": [b"{}", "cut"],
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), [(name, one) for name, many in DAMAGES.items() for one in many])
+def test_damaged_data_is_refused_by_name_and_prepared_again(folder, tmp_path, name, damage):
+    options = {"tokenizer": "bytes", "cache": str(tmp_path / "cache")}
+    first = prepare(str(folder), **options)
+    before = contents(first.folder)
+    raw = (first.folder / name).read_bytes()
+    flipped = raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :]
+    (first.folder / name).write_bytes({"cut": raw[:-1], "flip": flipped}.get(damage, damage))
+    with pytest.raises(CorpusError, match=re.escape(name.split("/")[-1])):
+        load_prepared(first.folder)
+    said = Said()
+    again = prepare(str(folder), **options, say=said)
+    assert not again.cached and "cannot be used" in said[0][0]
+    assert contents(again.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train_tokens", 5, "its count is"),
+        ("train_tokens", "5", '"train_tokens" is \'5\', wanted int'),
+        ("train_tokens", True, '"train_tokens" is \'True\', wanted int'),
+        ("train_bytes", -1, '"train_bytes" is -1, wanted at least 0'),
+        ("exact_bytes", 1, '"exact_bytes" is \'1\', wanted bool'),
+        ("gzip_bits", None, '"gzip_bits" is \'None\', wanted float'),
+        ("skipped", [1], '"skipped" holds something else than names'),
+        ("source", [], '"source" is'),
+        ("more", 1, "unknown facts: more"),
+    ],
+)
+def test_facts_that_cannot_be_are_named(folder, tmp_path, name, value, message):
+    made = prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    content = json.loads((made.folder / "facts.json").read_text())
+    content["facts"][name] = value
+    (made.folder / "facts.json").write_text(json.dumps(content))
+    with pytest.raises(CorpusError, match=re.escape(message)):
+        load_prepared(made.folder)
+
+
+def test_token_files_of_another_tokenizer_or_source_do_not_pass(folder, tmp_path):
+    made = prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    other = prepare(str(folder), tokenizer="bytes", held_out=0.1, cache=str(tmp_path / "cache"))
+    (made.folder / "train.tokens").write_bytes((other.folder / "train.tokens").read_bytes())
+    with pytest.raises(CorpusError, match="train.tokens: its (count|source) is"):
+        load_prepared(made.folder)
+    with pytest.raises(CorpusError, match="cannot read .*nothing/facts.json: No such file"):
+        load_prepared(tmp_path / "nothing")
+
+
+def test_an_unwritable_cache_is_told_and_does_no_harm(folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    said = Said()
+    options = {"tokenizer": "bytes", "cache": str(tmp_path / "file" / "below"), "say": said}
+    made = prepare(str(folder), **options)
+    assert not made.cached and any("not kept for the next run: " in text for text in said.texts())
+    assert prepare(str(folder), **options, into=tmp_path / "run" / "data").folder == tmp_path / "run" / "data"
+
+
+def test_who_has_no_home_has_no_cache(folder, monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does then
+    monkeypatch.chdir(tmp_path)
+    assert not prepare(str(folder), tokenizer="bytes").cached
+    assert [p.name for p in tmp_path.iterdir()] == ["text"]
+
+
+def test_without_a_cache_the_tokens_go_where_they_are_wanted_and_are_found_there_again(folder, tmp_path):
+    into = tmp_path / "run" / "data"
+    first = prepare(str(folder), tokenizer="bytes", cache="off", into=into)
+    second = prepare(str(folder), tokenizer="bytes", cache="off", into=into)
+    assert first.folder == into and second.cached and [path.name for path in into.parent.iterdir()] == ["data"]
+    assert not prepare(str(folder), tokenizer="bytes", cache="off", into=into, held_out=0.1).cached
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(CorpusError, match="mine is in the way: it holds something else"):
+        prepare(str(folder), tokenizer="bytes", cache="off", into=tmp_path / "mine")
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+
+
+def test_a_temporary_folder_goes_with_the_data(folder):
+    made = prepare(str(folder), tokenizer="bytes", cache="off")
+    tokens, where = made.train, made.folder
+    assert where.is_dir()
+    del made
+    import gc
+
+    gc.collect()
+    assert not where.parent.exists() and tokens[0] < 257, "the map stays readable"
+
+
+def test_text_that_cannot_be_used_leaves_no_folder_behind(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(CorpusError):
+        prepare(str(tmp_path / "bad.txt"), cache="off", into=tmp_path / "run" / "data")
+    with pytest.raises(CorpusError):
+        prepare(str(tmp_path / "bad.txt"), cache=str(tmp_path / "cache"))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_progress_is_told_in_bytes_and_not_too_often(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(LINES * 100)
+    size = (tmp_path / "a.txt").stat().st_size
+    said = Said()
+    clock = [0.0]
+    monkeypatch.setattr("entrenar.data.documents.BLOCK", 10_000)
+    monkeypatch.setattr("entrenar.data.scan.time.monotonic", lambda: clock.__setitem__(0, clock[0] + 0.1) or clock[0])
+    prepare(str(tmp_path / "a.txt"), tokenizer="bytes", cache="off", say=said)
+    encoding = [(done, total) for text, done, total in said if text == "encoding"]
+    assert all(total == size for _, total in encoding)
+    assert encoding[0][0] == 0 and [done for done, _ in encoding] == sorted(done for done, _ in encoding)
+    assert 5 < len(encoding) < size / 10_000 / 2
+
+
+# --- killed, and at once ----------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """Ends a preparation at some point, as Ctrl-C would."""
+
+
+def stopped_after(monkeypatch, calls):
+    """Let Writer.append work `calls` times, then end; returns the list of what was appended."""
+    appended, original = [], encoding_module.Writer.append
+
+    def append(self, pieces, encoded):
+        if len(appended) == calls:
+            raise Stop
+        appended.append(pieces)
+        original(self, pieces, encoded)
+
+    monkeypatch.setattr(encoding_module.Writer, "append", append)
+    return appended
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz"])
+def test_a_stopped_preparation_goes_on_where_it_was_and_ends_the_same(tmp_path, kind, small, monkeypatch):
+    path = tmp_path / f"a.{kind}"
+    text = LINES * 3 if kind == "txt" else jsonl([LINES[i * 50 : i * 50 + 300 * (i % 3) + 5] for i in range(100)])
+    path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    options = {"vocab_size": 300, "cache": str(tmp_path / "cache"), "held_out": 0.3}
+    whole = prepare(str(path), **options | {"cache": str(tmp_path / "other")})
+    counts = []
+    for _ in range(4):
+        with monkeypatch.context() as patch, contextlib.suppress(Stop):
+            counts.append(stopped_after(patch, 4))
+            prepare(str(path), **options)
+            pytest.fail("was not stopped")
+    said = Said()
+    with monkeypatch.context() as patch:
+        rest = stopped_after(patch, 10_000)
+        made = prepare(str(path), **options, say=said)
+    assert "encoding, from where an earlier run was stopped" in said.texts()
+    assert not any("training a tokenizer" in text or "reading" in text for text in said.texts())
+    seen = [piece for run in (*counts, rest) for slab in run for piece in slab]
+    twice = len(seen) - len(set(seen))
+    assert twice == 0 if kind == "txt" else twice < 4 * 1500 / 50, "but a row that was not at its end, and a slab"
+    assert contents(made.folder) == contents(whole.folder)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [made.folder.name]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 5, 7, 9])
+def test_a_full_disk_stops_a_preparation_and_loses_nothing(tmp_path, small, monkeypatch, calls):
+    (tmp_path / "a.txt").write_text(LINES)
+    options = {"tokenizer": "bytes", "cache": str(tmp_path / "cache")}
+    whole = prepare(str(tmp_path / "a.txt"), **options | {"cache": str(tmp_path / "other")})
+    with monkeypatch.context() as patch:
+        left = [calls]
+        for name in ("append", "sync", "finish"):
+            original = getattr(TokenWriter, name)
+
+            def failing(self, *args, original=original, **options):
+                left[0] -= 1
+                if not left[0]:
+                    raise OSError(28, "No space left on device", str(self.path))
+                return original(self, *args, **options)
+
+            patch.setattr(TokenWriter, name, failing)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(str(tmp_path / "a.txt"), **options)
+    assert contents(prepare(str(tmp_path / "a.txt"), **options).folder) == contents(whole.folder)
+
+
+@pytest.mark.parametrize("name", ["journal.json", "scan.json", "train.tokens", "places", "tokenizer"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "garbage"])
+def test_a_damaged_unfinished_preparation_begins_again(tmp_path, small, monkeypatch, name, damage):
+    (tmp_path / "a.txt").write_text(LINES)
+    options = {"vocab_size": 300, "cache": str(tmp_path / "cache")}
+    whole = prepare(str(tmp_path / "a.txt"), **options | {"cache": str(tmp_path / "other")})
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        stopped_after(patch, 4)
+        prepare(str(tmp_path / "a.txt"), **options)
+    (partial,) = (tmp_path / "cache").iterdir()
+    path = partial / name / "tokenizer.json" if name == "tokenizer" else partial / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-30] if damage == "cut" else b"[" * 1000)
+    assert contents(prepare(str(tmp_path / "a.txt"), **options).folder) == contents(whole.folder)
+
+
+def test_a_source_that_grows_meanwhile_is_refused(folder, tmp_path, monkeypatch):
+    original = prepared_module.scan
+
+    def scan_then_grow(sources, **options):
+        found = original(sources, **options)
+        (folder / "00.txt").write_text("document 0\nanother\n")
+        return found
+
+    monkeypatch.setattr(prepared_module, "scan", scan_then_grow)
+    with pytest.raises(CorpusError, match="changed while it was being prepared"):
+        prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_second_run_waits_for_the_first_and_takes_what_it_made(folder, tmp_path):
+    options = {"tokenizer": "bytes", "cache": str(tmp_path / "cache")}
+    key = prepare(str(folder), **options | {"cache": str(tmp_path / "other")}).folder.name
+    said, made = Said(), []
+    with Work(tmp_path / "cache" / key, key, lambda *words: None) as work:
+        thread = threading.Thread(target=lambda: made.append(prepare(str(folder), **options, say=said)))
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert said.texts() == ["another run is preparing this text: waiting for it"] and not made
+        job = prepared_module._Job(find_sources(str(folder)), find_sources(str(folder)).fingerprint(), key, "bytes",
+                                   2048, 0.05, False, lambda *words: None)  # fmt: skip
+        prepared_module._fill(work, job)
+        work.finish()
+    thread.join(10)
+    assert made[0].cached and [path.name for path in (tmp_path / "cache").iterdir()] == [key]
+
+
+CHILD = """
+import sys
+from entrenar.data import encoding, pieces, prepare
+encoding.JOURNAL_EVERY, encoding.SLAB, pieces.PIECE = 0.0, 20_000, 5_000
+print("ready", flush=True)
+prepare(sys.argv[1], vocab_size=400, cache=sys.argv[2])
+"""
+
+
+def child(path, cache):
+    command = [sys.executable, "-c", CHILD, str(path), str(cache)]
+    process = subprocess.Popen(command, env=SAME_PACKAGE, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    return process
+
+
+def killed_until_done(path, cache, kills, longest, rng):
+    """SIGKILL at random moments; how many preparations were killed before one ended."""
+    for count in range(kills):
+        process = child(path, cache)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, longest))
+        process.send_signal(signal.SIGKILL)
+        process.stdout.close()
+        if process.wait() == 0:
+            return count
+    process = child(path, cache)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    return kills
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.tier3)])
+def test_killed_at_random_moments_a_preparation_ends_the_same(tmp_path, kills):
+    rng = random.Random(kills)
+    texts = [LINES[rng.randrange(5000) :][: rng.randrange(20, 9000)] for _ in range(120)]
+    (tmp_path / "a.jsonl").write_text(jsonl(texts))
+    process = child(tmp_path / "a.jsonl", tmp_path / "whole")
+    start = time.monotonic()
+    process.stdout.close()
+    assert process.wait(60) == 0
+    longest = time.monotonic() - start
+    done = 0
+    for attempt in range(kills):
+        done += killed_until_done(tmp_path / "a.jsonl", tmp_path / "killed" / str(attempt), kills - done, longest, rng)
+        (one,), (other,) = (tmp_path / "whole").iterdir(), (tmp_path / "killed" / str(attempt)).iterdir()
+        assert one.name == other.name and contents(one) == contents(other)
+        if done >= kills:
+            return
+
+
+def test_a_child_that_is_left_alone_or_given_another_text_ends_otherwise(tmp_path):
+    """The control of the test above: its comparison sees a difference."""
+    made = []
+    for i in range(2):
+        (tmp_path / "a.jsonl").write_text(jsonl([LINES, f"one more {i}"]))
+        made.append(contents(prepare(str(tmp_path / "a.jsonl"), tokenizer="bytes", cache=str(tmp_path / "c")).folder))
+    assert made[0] != made[1]
