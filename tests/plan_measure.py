@@ -1,8 +1,9 @@
-"""A run in a process of its own, for test_plan.py: `entrenar train ARGUMENTS`, then the peak the system counted, in bytes.
+"""A run in a process of its own, for test_plan.py: `entrenar train ARGUMENTS`, then the peak the system counted.
 
     python plan_measure.py PEAK_FILE --config FILE.toml --out RUN ...
 
-The peak is told from inside, when all is done: what the parent process learns (ru_maxrss) begins at the parent's own.
+The peak, in bytes, is told from inside, when all is done: what a parent process learns of its child (ru_maxrss) begins
+at the parent's own.
 """
 
 import sys

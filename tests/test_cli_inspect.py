@@ -338,6 +338,16 @@ def test_a_changed_or_missing_file_of_a_checkpoint_is_said(capsys, run):
     assert "optimizer.safetensors is missing" in inspected(capsys, run)[1]
 
 
+def test_a_broken_file_in_a_folder_does_not_hide_the_others(capsys, run):
+    file = run / "step-000008" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    code, text = inspected(capsys, run)
+    last = text.splitlines()[-2:]
+    assert code == 2 and any("model.safetensors: tensor" in line for line in last)
+    assert any("model.safetensors is not what was written" in line for line in last)
+    assert "optimizer.safetensors: safetensors" in text and "tokenizer.json: tokenizer" in text
+
+
 def test_a_model_in_several_files_is_one_model(capsys, tmp_path, model):
     model.save_pretrained(tmp_path / "hf", max_shard_size=8000)
     code, found = as_json(capsys, tmp_path / "hf")

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from entrenar.training.curve import Curve, apart, render, smooth, thin, ticks
+from entrenar.observe.charts import apart, ticks
+from entrenar.training.curve import Curve, render, smooth, thin
 from entrenar.training.display import (
     Heading,
     HeldOut,

@@ -34,16 +34,15 @@ entrenar data show --data.source notes/ -n 4
 entrenar data show --config my.toml --batch 10
 entrenar data prepare --data.source corpus.jsonl.gz --data.vocab_size 8192
 """
-SHOW = "print the tokens of the batches that a run takes, trained and ignored"
-PREPARE = "read, split and tokenize the text, keep it for the runs to come, and tell about it"
+SHOW = "print the batches that a run takes, token by token"
+PREPARE = "read, split and tokenize the text, and keep it for the runs to come"
 SHOW_EXAMPLE = """example:
   entrenar data show --data.source notes/ -n 4
 
 On a terminal, trained tokens have a coloured ground in two shades, ignored
 ones are dim. Elsewhere, tokens are separated by |, ignored ones stand in
-[brackets], and line breaks, |, [, ] and \\ are written with a \\ before them.
-A character spread over several tokens stands at its last one: the others
-are shown as \N{MIDDLE DOT}."""
+[brackets], with a \\ before what could be mistaken. A character spread over
+several tokens stands at its last one; the others are shown as \N{MIDDLE DOT}."""
 PREPARE_EXAMPLE = """example:
   entrenar data prepare --data.source corpus.jsonl.gz --data.vocab_size 8192
 
@@ -58,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "entrenar data {show,prepare} [OPTIONS] [--section.key VALUE ...]"
     verbs = parser.add_subparsers(dest="what", metavar="{show,prepare}", required=True)
     show = _verb(verbs, "show", SHOW, SHOW_EXAMPLE, "[--batch N] [-n COUNT] [--held-out]")
-    show.add_argument("--batch", metavar="N", type=int, default=1, help="begin with the N-th batch (default: the first)")
-    show.add_argument("-n", metavar="COUNT", type=int, dest="count", help="show so many windows (default: one batch)")
+    show.add_argument("--batch", metavar="N", type=int, default=1, help="begin with the N-th batch (default 1)")
+    show.add_argument("-n", metavar="COUNT", type=int, dest="count", help="so many windows (default: one batch)")
     show.add_argument("--held-out", action="store_true", help="show the held-out text's windows instead")
     prepare = _verb(verbs, "prepare", PREPARE, PREPARE_EXAMPLE, "")
     for one in (show, prepare):
@@ -69,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verb(verbs: Any, name: str, words: str, epilog: str, options: str) -> argparse.ArgumentParser:
-    usage = " ".join(filter(None, [f"entrenar data {name}", options, "[--skip-bad] [--section.key VALUE ...]"]))
+    usage = " ".join(filter(None, [f"entrenar data {name}", options, "[--section.key VALUE ...]"]))
     return verbs.add_parser(name, help=words, description=words, epilog=epilog, usage=usage)
 
 
@@ -137,10 +136,14 @@ def held_out_rows(data: Prepared, config: Config, first: int) -> Iterator[Row]:
     t, total = config.training, len(data.held_out)
     stride = stride_of(t.context, t.eval_overlap)
     windows = evaluation_windows(data.held_out, first=data.tokenizer.end_id, context=t.context, stride=stride)
+    count = -(-total // stride)
+    if (first - 1) * t.batch_size >= count:
+        raise CommandLineError(f"--batch {first}: the held-out text has only {-(-count // t.batch_size):,} batches")
     for number, (x, y) in enumerate(windows):
         size = int(np.flatnonzero(y != IGNORE)[-1]) + 1  # the last window may be filled up
         if number // t.batch_size + 1 >= first:
-            yield _row(x[:size], y[:size], number // t.batch_size + 1, f"held-out token {number * stride:,} of {total:,}")
+            place = f"held-out text from token {number * stride:,} of {total:,} on"
+            yield _row(x[:size], y[:size], number // t.batch_size + 1, place)
 
 
 def _row(x: np.ndarray, y: np.ndarray, batch: int, place: str) -> Row:
@@ -160,9 +163,8 @@ def _print_rows(rows: Iterable[Row], data: Prepared, writer: _Writer) -> None:
         size += int(lengths[row.tokens].sum())
         writer.heading(f"window {count}, batch {row.batch}: {visible(row.place)}: {_counts(row.trained)}")
         writer.tokens(spelled(row.tokens, data.tokenizer), row.trained)
-    if not count:
-        raise CommandLineError("--batch: the held-out text has fewer batches")
-    writer.heading(f"{count} windows: {trained:,} of {tokens:,} tokens trained, {size / tokens:.2f} bytes per token; "
+    windows = "1 window" if count == 1 else f"{count:,} windows"
+    writer.heading(f"{windows}: {trained:,} of {tokens:,} tokens trained, {size / tokens:.2f} bytes per token; "
                    f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})")  # fmt: skip
 
 
@@ -202,8 +204,7 @@ class _Plain:
 class _Coloured:
     """Trained tokens on a ground of two shades in turns, so that their borders show; ignored ones dim."""
 
-    ESCAPES = str.maketrans({"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n", "\r": "\N{SYMBOL FOR CARRIAGE RETURN}",
-                             "\t": "\N{RIGHTWARDS ARROW}   "})  # fmt: skip
+    ESCAPES = str.maketrans({"\n": "\u21b5\n", "\r": "\u240d", "\t": "\u2192   "})  # arrows, and CR in small letters
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -323,11 +324,20 @@ class Bars(Progress):
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
         if what != self.task:
-            if self.bar is not None:
-                self.bars.remove_task(self.bar)
-            self.task, self.bar = what, self.bars.add_task(visible(what), total=total or None)
-        self.bars.update(self.bar, completed=done, total=total or None)
-        self.bars.refresh()
+            self.task = what
+            self._take_away()
+            if not total:
+                self.bars.console.print(visible(what), style="dim", markup=False)
+        if total and self.bar is None:
+            self.bar = self.bars.add_task(visible(what), total=total)
+        if self.bar is not None:
+            self.bars.update(self.bar, completed=done)
+            self.bars.refresh()
+
+    def _take_away(self) -> None:
+        if self.bar is not None:
+            self.bars.remove_task(self.bar)
+            self.bar = None
 
     def close(self) -> None:
         self.bars.stop()

@@ -36,15 +36,19 @@ def look(path: Path) -> Found:
 
 def model_folder(path: Path) -> Found:
     """A model as Hugging Face keeps it, in one file or several."""
+    from entrenar.data import TokenizerError
+
     found = Found("model in Hugging Face's layout", path)
     if (path / "config.json").is_file():
         found.facts |= shape_of(path / "config.json")
     else:
         found.problems.append("config.json is missing")
-    for file in weight_files(path, found.problems):
-        found.below.append(look_at_file(file))
-    if (path / "tokenizer.json").is_file():
-        found.below.append(look_at_file(path / "tokenizer.json"))
+    tokenizers = [file for name in ("tokenizer.json", "tokenizer.model") if (file := path / name).is_file()]
+    for file in (*weight_files(path, found.problems), *tokenizers[:1]):
+        try:
+            found.below.append(look_at_file(file))
+        except (FormatError, TokenizerError) as error:  # the others are shown all the same
+            found.problems.append(str(error).removeprefix(f"{path}/"))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -56,6 +57,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, **({"width": WIDTH, "max_help_position": 26} | settings))
+
+    def add_usage(self, usage: str | None, *rest: Any, **settings: Any) -> None:
+        if usage is not None:
+            whole = re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\0"), f"usage: {usage}")
+            lines = textwrap.wrap(whole, WIDTH, subsequent_indent=" " * 7, break_on_hyphens=False)
+            usage = "\n".join(lines).replace("\0", " ").removeprefix("usage: ")
+        super().add_usage(usage, *rest, **settings)
 
 
 def verb_parser(name: str, module: Any, make: Callable[..., Parser] = Parser) -> Parser:

@@ -17,7 +17,8 @@ JOINERS = "\u200c\u200d"  # they hold together letters of some scripts, and emoj
 
 
 def visible(value: str, most: int = 400) -> str:
-    """The text with characters that cannot be seen, or that move others, shown: ␛, ⟨U+202E⟩; cut above `most`."""
+    """The text with characters that cannot be seen, or that move others, shown: ␛, ⟨U+202E⟩; cut above
+    `most` bytes of HTML."""
     out: list[str] = []
     length = 0
     for place, c in enumerate(value):
@@ -30,7 +31,7 @@ def visible(value: str, most: int = 400) -> str:
         else:
             shown = f"⟨U+{ord(c):04X}⟩"
         out.append(shown)
-        length += 6 if shown in "&<>\"'" else len(shown)  # as long as HTML has to write it
+        length += 6 if shown in "&<>\"'" else len(shown.encode())  # as the file will have it
     return "".join(out)
 
 

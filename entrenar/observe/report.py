@@ -240,7 +240,7 @@ def _samples(record: Record) -> str:
     last = "".join(_sample_parts(newest[-1])).strip() if newest else ""
     shown = _sample(newest[-1]) if newest else ""
     if record.sample.strip() and record.sample.strip()[:1000] != last[:1000]:  # events are clipped, the file is not
-        shown = f'<pre class="wrap">{text(record.sample, 4000)}</pre>' + (f"\n{shown}" if shown else "")
+        shown = f'<pre class="wrap">{text(record.sample, 8000)}</pre>' + (f"\n{shown}" if shown else "")
     earlier = [part for event in (*oldest, *newest[:-1]) if (part := _sample(event))]
     if record.samples.left_out:
         earlier.insert(len(oldest), f'<p class="small grey">{record.samples.left_out:,} more are in metrics.jsonl.</p>')
@@ -261,7 +261,7 @@ def _sample(event: Event) -> str:
         return ""
     step = whole(event.get("step"))
     head = f"After step {step:,}" if step is not None else "At some step"
-    body = f'<span class="prompt">{text(prompt, 1000)}</span>{text(written, 3000)}'
+    body = f'<span class="prompt">{text(prompt, 1500)}</span>{text(written, 5000)}'
     return f'<h3>{head}</h3>\n<pre class="wrap">{body}</pre>'
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from entrenar.observe.charts import apart, ticks
+
 Point = tuple[float, float]
 
 INK, GREY, GRID, PAPER = "#24292f", "#6e7781", "#e6e8eb", "#ffffff"
@@ -149,17 +151,6 @@ class Frame:
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers, 1, 2, 2.5 or 5 times a power of ten apart, that cover low..high."""
-    span = high - low if high > low else max(abs(high), 1.0)
-    raw = span / max(1, count - 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first = math.floor(low / step)
-    last = max(first + 1, math.ceil(high / step))
-    return [i * step for i in range(first, last + 1)]
-
-
 def smooth(points: Sequence[Point], share: float = 0.03) -> list[Point]:
     """Each height as the weighted mean of its neighbours, within `share` of the curve to each side.
 
@@ -254,17 +245,3 @@ def _legend(page: Page, frame: Frame, held_out: bool) -> None:
         if name == "held out":
             page.dot((x - 20, y), 4.5, colour)
         x -= 54
-
-
-def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places for labels, near those given, at least `gap` apart and within [low, high] where they fit."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    moved = [places[i] for i in order]
-    for _ in range(100):
-        for i in range(len(moved) - 1):
-            if (short := gap - (moved[i + 1] - moved[i])) > 1e-9:
-                moved[i], moved[i + 1] = moved[i] - short / 2, moved[i + 1] + short / 2
-        if moved:
-            shift = max(0.0, low - moved[0]) - max(0.0, moved[-1] - high)
-            moved = [place + shift for place in moved] if shift else moved
-    return [moved[order.index(i)] for i in range(len(places))]

@@ -117,6 +117,7 @@ def _begin(config: Config, run: Path, display: Display, began: float, stack: con
         "start",
         time=now(),
         config=config.sections(),
+        defaults=Config().sections(),
         data=asdict(data.facts),
         machine=asdict(here),
         plan=plan,

@@ -96,10 +96,15 @@ def memory_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
     return [group for folder in folders if (group := _memory_group(folder)) is not None]
 
 
+GROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)  # of cgroup v2, of v1; the third is a line of memory.stat
+
+
 def _memory_group(folder: Path) -> MemoryGroup | None:
     """None where the folder is no group, or says "max", or as much as the machine has (v1's word for it)."""
-    for limit_file, used_file, cache in (("memory.max", "memory.current", "inactive_file"),
-                                         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):  # fmt: skip
+    for limit_file, used_file, cache in GROUP_FILES:
         limit, used = _read(str(folder / limit_file)).strip(), _read(str(folder / used_file)).strip()
         if limit.isdecimal() and int(limit) < physical_memory():
             stat = re.search(rf"^{cache} (\d+)$", _read(str(folder / "memory.stat")), re.MULTILINE)
@@ -123,7 +128,7 @@ def memory_peak() -> int:
 
 
 def give_back_memory() -> None:
-    """Hand memory that was freed, and that the C library keeps, back to the system: then `memory_used` is what is used."""
+    """Hand what was freed and the C library keeps back to the system: then `memory_used` is what is really used."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)

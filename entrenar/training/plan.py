@@ -36,11 +36,11 @@ from entrenar.training import machine
 from entrenar.training.curve import Curve
 from entrenar.training.curve import render as draw
 from entrenar.training.display import clock, size
+from entrenar.training.heap import FLOAT, Heap
 from entrenar.training.options import Config
 from entrenar.training.rehearsal import (
     BACKWARD,
     BLOCK,
-    FLOAT,
     FORWARD,
     GRADIENTS,
     HEAD,
@@ -51,19 +51,20 @@ from entrenar.training.rehearsal import (
     ROPE,
     SCRATCH,
     WEIGHTS,
-    Heap,
     Rehearsal,
     logits_floats,
 )
 
 PROGRAM, TOKENIZER, LOGITS, GAPS = "program and libraries", "tokenizer", "logits, a chunk", "gaps between arrays"
 TOKENS, PREPARING = "token file, mapped", "preparing the text"
+ORDER = (WEIGHTS, GRADIENTS, MOMENTS, LAYERS, INPUTS, BLOCK, HEAD, LOGITS, FORWARD, BACKWARD, SCRATCH, ROPE, PICTURE,
+         GAPS)  # fmt: skip
 
 TOKEN_BYTES = 330  # of memory per token of a BPE: measured between 2,048 tokens and 32,000
 READ_AROUND = 64 << 10  # what Linux maps around a page of a file that is touched
 SHORTEST = 32  # tokens of context that advice still proposes
 BAR = 24  # letters
-PREPARING_BYTES = {"bytes": 60 * 10**6, "": 230 * 10**6}  # at most, measured on 0.4 to 40 MB of text, 2,048 to 32,000 tokens
+PREPARING_BYTES = {"bytes": 60 * 10**6, "": 230 * 10**6}  # measured on 4 to 40 MB of text, 2,048 and 32,000 tokens
 MOST_LAYERS = 48  # are rehearsed; each more adds as much as those before
 
 
@@ -255,8 +256,7 @@ def buffers_of(arrays: Arrays, config: Config, shape: LlamaConfig) -> list[Buffe
         GAPS: "that the C library leaves",
         PICTURE: "at the end, beyond all this",
     }
-    order = (WEIGHTS, GRADIENTS, MOMENTS, LAYERS, INPUTS, BLOCK, HEAD, LOGITS, FORWARD, BACKWARD, SCRATCH, ROPE, PICTURE, GAPS)
-    return [Buffer(name, parts[name], notes.get(name, "")) for name in order if parts[name] or name == GRADIENTS]
+    return [Buffer(name, parts[name], notes.get(name, "")) for name in ORDER if parts[name] or name == GRADIENTS]
 
 
 # ---- what there is beside the arrays

@@ -2,9 +2,9 @@
 
 The engine frees each array as soon as nothing refers to it, so what a step needs at most is no sum over layers but a
 moment; and the C library puts each array into the gaps that earlier ones left, so what the process holds is that
-moment and the gaps between. Both follow from the shapes alone. This file goes through the arrays of building a model, of
-training steps and of a look at held-out text in the very order of the engine (tensor.py's walk, llama/model.py, ops/),
-and a model of the heap says where each would lie. A test compares it with what a real step asks for, byte by byte.
+moment and the gaps between. Both follow from the shapes alone. This file goes through the arrays of building a model,
+of training steps and of a look at held-out text in the very order of the engine (tensor.py's walk, llama/model.py,
+ops/), and heap.py says where each would lie. A test compares it with what a real step asks for.
 
 Counts float arrays and nothing else: what the process has beside them, plan.py knows.
 """
@@ -14,19 +14,15 @@ Counts float arrays and nothing else: what the process has beside them, plan.py 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from entrenar import kernels
 from entrenar.kernels import reference
 from entrenar.llama import LlamaConfig
 from entrenar.training.curve import SCALE, Curve
+from entrenar.training.heap import Array, Heap
 
-FLOAT = 4  # bytes
-HEADER, UNIT = 8, 16  # of glibc's malloc: what it adds to a block, and what it rounds to
-PAGE = 4096
 ABSURD = 1 << 40  # tokens, channels or words
 
 WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "AdamW's two moments"
@@ -74,98 +70,6 @@ def logits_floats(N: int, V: int) -> int:
 
         return native.linear_cross_entropy_chunk(N, V) * V
     return min(N, max(1, reference.LOGITS_AT_ONCE // V)) * V
-
-
-class Array(NamedTuple):
-    """One that lives: where it begins in the heap (-1: has its own mapping), and its bytes as the heap counts them."""
-
-    number: int
-    start: int
-    size: int
-
-
-class Heap:
-    """Where arrays come to lie, as glibc's malloc does it once `kernels.keep_freed_memory` was called.
-
-    A block goes into the smallest gap that holds it, at its lower end, and otherwise on top; neighbouring gaps are
-    one; nothing is given back. Blocks of `own_mapping` bytes or more never enter the heap, and go back when dropped.
-
-    peak      most bytes held at once, gaps included
-    at_peak   the bytes that lived then, by name
-    """
-
-    def __init__(self, own_mapping: int = 1 << 30) -> None:
-        self.own_mapping = own_mapping
-        self.top = self.mapped = self.peak = self.count = self.most = self.now = 0
-        self.gaps: list[tuple[int, int]] = []  # (size, start), smallest first
-        self.starts: dict[int, int] = {}  # of gaps: start -> size
-        self.ends: dict[int, int] = {}  # of gaps: end -> size
-        self.names: dict[int, str] = {}
-        self.living: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
-
-    def take(self, name: str, *shape: int) -> Array:
-        """A float32 array of this shape."""
-        size = max(2 * UNIT, -(-(math.prod(shape) * FLOAT + HEADER) // UNIT) * UNIT)
-        self.count += 1
-        if size >= self.own_mapping:
-            array = Array(self.count, -1, -(-(size + HEADER) // PAGE) * PAGE)
-            self.mapped += array.size
-        else:
-            array = Array(self.count, self._place(size), size)
-        self.names[array.number] = name
-        self.living[name] += array.size
-        self.now += array.size
-        self.most = max(self.most, self.now)
-        if self.top + self.mapped > self.peak:
-            self.peak = self.top + self.mapped
-            self.at_peak = self.living.copy()
-        return array
-
-    def drop(self, *arrays: Array | None) -> None:
-        for array in arrays:
-            if array is None:
-                continue
-            self.now -= array.size
-            self.living[self.names.pop(array.number)] -= array.size
-            if array.start < 0:
-                self.mapped -= array.size
-            else:
-                self._add_gap(array.start, array.size)
-
-    def rename(self, array: Array, name: str) -> Array:
-        self.living[self.names[array.number]] -= array.size
-        self.living[name] += array.size
-        self.names[array.number] = name
-        return array
-
-    def _place(self, size: int) -> int:
-        at = bisect_left(self.gaps, (size, -1))
-        if at < len(self.gaps):
-            gap, start = self.gaps[at]
-            self._remove_gap(start, gap)
-            if gap > size:
-                self._add_gap(start + size, gap - size)
-            return start
-        start, self.top = self.top, self.top + size
-        return start
-
-    def _add_gap(self, start: int, size: int) -> None:
-        if (before := self.ends.get(start)) is not None:
-            self._remove_gap(start - before, before)
-            start, size = start - before, size + before
-        if (after := self.starts.get(start + size)) is not None:
-            self._remove_gap(start + size, after)
-            size += after
-        if start + size == self.top:  # the next block that fits no gap begins here
-            self.top = start
-            return
-        self.starts[start], self.ends[start + size] = size, size
-        insort(self.gaps, (size, start))
-
-    def _remove_gap(self, start: int, size: int) -> None:
-        del self.starts[start], self.ends[start + size]
-        del self.gaps[bisect_left(self.gaps, (size, start))]
 
 
 @dataclass
@@ -430,7 +334,7 @@ class Rehearsal:
         return self._through_norm(f"{i}.norm1", d, dnorm, s.x, s.rstd1)
 
     def _linear_backward(self, name: str, inputs: int, outputs: int, bias: bool, before: Array | None = None) -> Array:
-        """dx, and dw on its way to its parameter. Where another gradient of x came `before`, their sum is a new array."""
+        """dx, and dw on its way to its parameter. Where another dx came `before`, their sum is a new array."""
         take, drop = self.heap.take, self.heap.drop
         dx, dw = take(BACKWARD, self.N, inputs), take(BACKWARD, outputs, inputs)
         db = take(BACKWARD, outputs) if bias else None

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
-from array import array
 from pathlib import Path
 from typing import Any
 
+from entrenar.observe.record import Record
 from entrenar.training import machine
 from entrenar.training.checkpoint import BEST, NEWEST
 from entrenar.training.curve import Curve
 from entrenar.training.display import HeldOut, clock, make_console
-from entrenar.training.trainer import METRICS, Trainer
+from entrenar.training.trainer import Trainer
 
 
 def introduction(trainer: Trainer, here: machine.Machine) -> list[str]:
@@ -52,25 +51,13 @@ def curve(trainer: Trainer, here: machine.Machine) -> Curve:
         f"{clock(trainer.reports[-1].seconds if trainer.reports else 0)} on {here.threads} threads of {here.cpu}"
     )
     looks = {seen.step: seen.bits_per_byte for seen in trainer.looks}  # the last look is the whole text
-    steps, bits = logged_losses(trainer.run)
+    losses = Record(trainer.run).series["bits_per_byte"].columns()
     return Curve(
         f"A LLaMA learns {_short(facts.source)}", subtitle,
-        list(zip(steps, bits, strict=True)),
+        [(column.step, column.mean) for column in losses],
         list(looks.items()),
         [("gzip -9", facts.gzip_bits), ("xz -9", facts.xz_bits)],
     )  # fmt: skip
-
-
-def logged_losses(run: Path) -> tuple[array[float], array[float]]:
-    """Step and bits per byte of every training step in metrics.jsonl."""
-    steps, bits = array("d"), array("d")
-    with open(run / METRICS, encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith('{"event": "step"'):
-                event = json.loads(line)
-                steps.append(event["step"])
-                bits.append(event["bits_per_byte"])
-    return steps, bits
 
 
 def summarize(trainer: Trainer, last: HeldOut | None, sample: str) -> None:
