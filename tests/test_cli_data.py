@@ -51,7 +51,8 @@ def test_the_batches_shown_are_those_a_run_takes(capsys, text):
     taken = [(start, row) for _ in range(2) for row, start in zip(batches.next()[0], batches.taken, strict=True)][:5]
     assert len(rows) == 5 and len(headings) == 6
     for number, ((start, tokens), row, heading) in enumerate(zip(taken, rows, headings, strict=False), 1):
-        assert heading.startswith(f"# window {number}, batch {(number + 2) // 3}: token {start:,} of {len(data.train):,},")
+        batch = (number + 2) // 3
+        assert heading.startswith(f"# window {number}, batch {batch}: token {start:,} of {len(data.train):,}, ")
         assert data.place(start) in heading and "24 trained, 1 ignored" in heading
         assert len(row) == 25 and [bool(re.fullmatch(r"\[.*\]", cell)) for cell in row] == [True] + [False] * 24
         decoded = data.tokenizer.decode(tokens).replace("\x1b", "\ufffd")
@@ -73,6 +74,9 @@ def test_held_out_windows_ignore_what_was_predicted_before(capsys, text):
     trained = [[not re.fullmatch(r"\[.*\]", cell) for cell in row] for row in rows]
     assert [sum(row) for row in trained] == [int((y != IGNORE).sum()) for y in targets]
     assert sum(map(sum, trained)) == len(data.held_out)  # each token is predicted once
+    assert main(["data", "show", "--held-out", "--batch", str(-(-len(rows) // 3) + 1),
+                 *[word for name, value in options(text) for word in (f"--{name}", value)]]) == 2  # fmt: skip
+    assert f"only {-(-len(rows) // 3)} batches" in capsys.readouterr().err
     assert trained[1] == [False] * 13 + [True] * 12
     assert f"# {len(rows)} windows: {len(data.held_out):,} of" in headings[-1]
 

@@ -512,3 +512,23 @@ def test_a_normalizer_that_does_more_is_refused():
     tokenizer.values["normalizer"]["normalizers"].append({"type": "NFKC"})
     with pytest.raises(ConvertError, match="the normalizer NFKC cannot be said"):
         read_vocabulary(tokenizer)
+
+
+def test_gaps_between_ids_are_filled_and_no_special_token_is_found_in_them(tmp_path):
+    tokenizer = byte_level(level(True))
+    tokenizer.values["added_tokens"][1]["id"] = 7
+    keys = read_header(export_gguf(model_of(vocab_size=8), tokenizer, tmp_path / "m.gguf")).metadata
+    assert keys["tokenizer.ggml.tokens"] == ["a", "b", "ab", "<|end|>", "[PAD4]", "[PAD5]", "[PAD6]", "yes"]
+    assert keys["tokenizer.ggml.token_type"].tolist() == [NORMAL] * 3 + [CONTROL] + [UNUSED] * 3 + [USER_DEFINED]
+    assert not {"tokenizer.ggml.padding_token_id", "tokenizer.ggml.unknown_token_id"} & keys.keys()
+
+
+@pytest.mark.parametrize("settings, wanted", [
+    ({"chat_template": "one"}, "one"),
+    ({"chat_template": [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]}, "three"),
+    ({}, None),
+])  # fmt: skip
+def test_the_default_chat_template_is_the_one_that_travels(settings, wanted):
+    tokenizer = byte_level(level(True))
+    tokenizer.settings = settings
+    assert read_vocabulary(tokenizer).chat_template == wanted

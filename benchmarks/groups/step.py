@@ -56,15 +56,15 @@ def batches(batch: int, context: int, vocabulary: int) -> list[np.ndarray]:
 
 
 def with_entrenar(model: str, batch: int, context: int, weights: str) -> Case:
-    from safetensors.numpy import load_file
-
     from entrenar import kernels
+    from entrenar.formats.safetensors import SafeTensors
     from entrenar.llama import Llama, LlamaConfig
     from entrenar.optim import AdamW, clip_scale, global_norm
 
     kernels.keep_freed_memory()  # as the training job does
     llama = Llama(LlamaConfig(**MODELS[model]))
-    llama.load_state_dict(load_file(weights))
+    with SafeTensors(weights) as file:
+        llama.load_state_dict(file)
     parameters = llama.parameters()
     optimizer = AdamW(llama.named_parameters(), **ADAMW)
     data = cycle(batches(batch, context, MODELS[model]["vocab_size"]))
@@ -132,11 +132,10 @@ def write_weights(model: str, path: str) -> None:
 
 def write_own_weights(model: str, path: str) -> None:
     """The same from entrenar, where transformers is not installed."""
-    from safetensors.numpy import save_file
-
+    from entrenar.formats import safetensors
     from entrenar.llama import Llama, LlamaConfig
 
-    save_file(Llama(LlamaConfig(**MODELS[model])).state_dict(), path)
+    safetensors.save(path, Llama(LlamaConfig(**MODELS[model])).state_dict())
 
 
 def flops_per_token(model: str, context: int) -> int:

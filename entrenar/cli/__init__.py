@@ -67,8 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run(words)
         flush()
         return code
-    except SystemExit as end:  # argparse, after printing help
-        return end.code if isinstance(end.code, int) else FAILED
     except BrokenPipeError:
         silence()
         return READER_GONE
@@ -105,7 +103,10 @@ def run_verb(name: str, words: list[str]) -> int:
 
         overrides, words = take_overrides(words)
         known = option_names
-    args = parser.read(words, known)
+    try:
+        args = parser.read(words, known)
+    except SystemExit:  # argparse, after printing help
+        return DONE
     args.overrides = [*overrides, *getattr(args, "overrides", [])]
     return module.run(args)
 
@@ -125,18 +126,18 @@ def overview() -> str:
 # -- what goes wrong
 
 
-def told(verb: str, error: BaseException) -> int:
-    """Say on stderr what went wrong with a verb; returns the exit code that stands for it."""
+def told(name: str, error: BaseException) -> int:
+    """Say on stderr what went wrong with a verb ("": before there was one); returns the exit code that stands for it."""
     if os.environ.get("ENTRENAR_TRACEBACK", "0") not in ("", "0"):
         import traceback
 
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
     code, message = explained(error)
-    if code == INTERRUPTED and verb in ("train", "resume"):
+    if code == INTERRUPTED and name in ("train", "resume"):
         message += "; what the run saved before is whole"
     with contextlib.suppress(OSError, ValueError):  # nobody may be listening there either
-        print(f"entrenar {verb}: {message}" if verb else f"entrenar: {message}", file=sys.stderr)
+        print(f"entrenar {name}: {message}" if name else f"entrenar: {message}", file=sys.stderr)
     try:
         flush()
     except OSError:

@@ -36,7 +36,8 @@ def take_overrides(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[st
         if not OPTION.match(name):
             others.append(word)
         elif not equals and (not rest or rest[0].startswith("--")):
-            problems.append(f"{word}: a value is missing")
+            hint = f" (one that begins with -- is written {word}=--...)" if rest else ""
+            problems.append(f"{word}: a value is missing{hint}")
         else:
             overrides.append((name[2:], value if equals else rest.pop(0)))
     if problems:

@@ -9,7 +9,7 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 WIDTH = 80
@@ -44,6 +44,9 @@ class Parser(argparse.ArgumentParser):
         message = message.replace("expected at least one argument", "a value is missing")
         message = re.sub(r"invalid (int|float) value: (.*)", lambda m: f"{m[2]}: wanted {KINDS[m[1]]}", message)
         raise CommandLineError(f"{message}; see {self.prog} --help")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own hides a reader that went away
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -96,7 +99,7 @@ def option_names(parser: argparse.ArgumentParser) -> list[str]:
     return [name for leaf in {parser, *leaves(parser)} for action in leaf._actions for name in action.option_strings]
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Collection[str]) -> str:
     """"; did you mean --budget?", or "" where nothing is near."""
     by_name = {name.rpartition(".")[2].lstrip("-"): name for name in known} | {name: name for name in known}
     asked = word.lstrip("-")

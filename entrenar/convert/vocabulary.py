@@ -76,7 +76,9 @@ def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     else:
         family, splitter, prefix = "llama", "default", _prefix_space(model, values)
     types = _types(tokens, added, model, family)
-    ids = {token: i for i, token in enumerate(tokens)}
+    if family == "llama":  # added tokens are looked for in the text as it came
+        tokens = [token.replace(SPACE, " ") if types[i] == USER_DEFINED else token for i, token in enumerate(tokens)]
+    ids = {token: i for i, token in enumerate(tokens) if token}
     return Vocabulary(
         family, splitter, tokens, types, merges,
         scores=_scores(tokens, types, merges) if family == "llama" else None,

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,26 @@ class Checkpoint:
     def model(self, *, dtype: Any = np.float32, checkpointing: bool = False) -> Llama:
         """A model with these weights."""
         return Llama.from_pretrained(self.folder, dtype=dtype, checkpointing=checkpointing)
+
+
+class OneByOne(Mapping[str, np.ndarray]):
+    """A file's arrays by name, of which only the last one asked for stays in memory: what copies them one after the
+    other never holds the file as well."""
+
+    def __init__(self, file: safetensors.SafeTensors) -> None:
+        self.file, self.last = file, ""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if self.last:
+            self.file.release(self.last)
+        self.last = name
+        return self.file[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file)
+
+    def __len__(self) -> int:
+        return len(self.file)
 
 
 def save_checkpoint(folder: str | Path, *, model: Llama, tokenizer: Tokenizer, state: dict[str, Any],
@@ -97,7 +117,7 @@ def load_checkpoint(folder: str | Path, *, check: bool = True) -> Checkpoint:
         config = read_config(folder)
         weights = safetensors.SafeTensors(folder / MODEL)
         moments = folder / OPTIMIZER
-        optimizer = safetensors.SafeTensors(moments) if moments.is_file() else {}
+        optimizer = OneByOne(safetensors.SafeTensors(moments)) if moments.is_file() else {}
         return Checkpoint(folder, config, weights, optimizer, state, load_tokenizer(folder))
     except FileNotFoundError as error:
         missing = Path(error.filename or STATE).name

@@ -14,6 +14,7 @@ from typing import NamedTuple
 FLOAT = 4  # bytes
 HEADER, UNIT = 8, 16  # of glibc's malloc: what it adds to a block, and what it rounds to
 PAGE = 4096
+TRIM = 2**31 - 1  # kernels/memory.py's threshold
 
 
 class Array(NamedTuple):
@@ -28,15 +29,18 @@ class Heap:
     """Where arrays come to lie, as glibc's malloc does it once `kernels.keep_freed_memory` was called.
 
     A block goes into the smallest gap that holds it, at its lower end, and otherwise on top; neighbouring gaps are
-    one; nothing is given back. Blocks of `own_mapping` bytes or more never enter the heap, and go back when dropped.
+    one; what is on top goes back only once it is more than 2 GiB. Blocks of `own_mapping` bytes or more never enter
+    the heap, and go back when dropped.
 
     peak      most bytes held at once, gaps included
     at_peak   the bytes that lived then, by name
+    most      most bytes that lived at once
     """
 
     def __init__(self, own_mapping: int = 1 << 30) -> None:
         self.own_mapping = own_mapping
-        self.top = self.mapped = self.peak = self.count = self.most = self.now = 0
+        self.top = self.reach = 0  # where the last block ends now, and up to where memory was ever touched
+        self.mapped = self.now = self.most = self.peak = self.count = 0
         self.gaps: list[tuple[int, int]] = []  # (size, start), smallest first
         self.starts: dict[int, int] = {}  # of gaps: start -> size
         self.ends: dict[int, int] = {}  # of gaps: end -> size
@@ -57,12 +61,13 @@ class Heap:
         self.living[name] += array.size
         self.now += array.size
         self.most = max(self.most, self.now)
-        if self.top + self.mapped > self.peak:
-            self.peak = self.top + self.mapped
+        if self.reach + self.mapped > self.peak:
+            self.peak = self.reach + self.mapped
             self.at_peak = self.living.copy()
         return array
 
     def drop(self, *arrays: Array | None) -> None:
+        """Nothing refers to these any longer."""
         for array in arrays:
             if array is None:
                 continue
@@ -74,6 +79,7 @@ class Heap:
                 self._add_gap(array.start, array.size)
 
     def rename(self, array: Array, name: str) -> Array:
+        """It lives on as something else."""
         self.living[self.names[array.number]] -= array.size
         self.living[name] += array.size
         self.names[array.number] = name
@@ -88,6 +94,7 @@ class Heap:
                 self._add_gap(start + size, gap - size)
             return start
         start, self.top = self.top, self.top + size
+        self.reach = max(self.reach, self.top)
         return start
 
     def _add_gap(self, start: int, size: int) -> None:
@@ -99,6 +106,8 @@ class Heap:
             size += after
         if start + size == self.top:  # the next block that fits no gap begins here
             self.top = start
+            if self.reach - self.top > TRIM:
+                self.reach = self.top
             return
         self.starts[start], self.ends[start + size] = size, size
         insort(self.gaps, (size, start))

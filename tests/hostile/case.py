@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,11 @@ WORDS = (None, True, 1.5, -0.0, "", "1", [], {}, [0], {"a": 1})
 MIB = 1 << 20
 
 
-def bytes_at(name: str, raw: bytes) -> Callable[[Path], Path]:
-    """Writes a file of these bytes."""
+def bytes_at(name: str, raw: bytes | Callable[[], bytes]) -> Callable[[Path], Path]:
+    """Writes a file of these bytes; large ones are best made only then."""
 
     def write(folder: Path) -> Path:
-        (folder / name).write_bytes(raw)
+        (folder / name).write_bytes(raw if isinstance(raw, bytes) else raw())
         return folder / name
 
     return write
@@ -177,10 +178,17 @@ def not_files(name: str) -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
     yield "nothing", lambda folder: folder / name, True
 
 
-def bad_json(good: str) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of texts in place of the JSON object `good`; none of them is to be read."""
+def bad_json(good: str, *, big: bool = True) -> Iterator[tuple[str, bytes | Callable[[], bytes]]]:
+    """(name, bytes) of texts in place of the JSON object `good`; none of them is to be read.
+
+    big   those of 60 MB and more among them
+    """
     assert good.rstrip().endswith("}")
     inside = good.rstrip()[:-1]  # more keys may follow
+
+    def with_value(value: str) -> bytes:
+        return f'{inside},"k": {value}}}'.encode()
+
     yield "empty", b""
     yield "blank", b" \n\t"
     yield "NUL", b"\0"
@@ -198,29 +206,30 @@ def bad_json(good: str) -> Iterator[tuple[str, bytes]]:
     yield "UTF-16", good.encode("utf-16")
     yield "UTF-32", good.encode("utf-32")
     yield "a byte order mark", b"\xef\xbb\xbf" + good.encode()
-    yield "no UTF-8 in a key", f'{inside},"@": 1}}'.encode().replace(b"@", b"\xff")
-    yield "overlong UTF-8 in a value", f'{inside},"k": "@"}}'.encode().replace(b"@", b"\xc0\x80")
+    yield "no UTF-8 in a key", f'{inside},"@k": 1}}'.encode().replace(b"@k", b"\xff")
+    yield "overlong UTF-8 in a value", with_value('"@k"').replace(b"@k", b"\xc0\x80")
     yield "NUL in a key", f'{inside},"\0": 1}}'.encode()
-    yield "half a surrogate pair", f'{inside},"k": "\\ud800"}}'.encode()
+    yield "half a surrogate pair", with_value('"\\ud800"')
     yield "a key twice", f'{inside},"k": 1,"k": 1}}'.encode()
-    yield "a key twice, inside", f'{inside},"k": {{"a": 1, "\\u0061": 2}}}}'.encode()
-    yield "NaN", f'{inside},"k": NaN}}'.encode()
-    yield "Infinity", f'{inside},"k": -Infinity}}'.encode()
-    yield "too big a number", f'{inside},"k": 1e999}}'.encode()
-    yield "a number of 5,000 digits", f'{inside},"k": {"9" * 5000}}}'.encode()
-    yield "a number of 100,000 digits", f'{inside},"k": -{"9" * 100_000}}}'.encode()
-    yield "a leading zero", f'{inside},"k": 01}}'.encode()
-    for mark, other in ("[]", "{}"):
-        key = '"k":' if mark == "{" else ""
+    yield "a key twice, inside", with_value('{"a": 1, "\\u0061": 2}')
+    yield "a key twice, with an escape code", f'{inside},"\\u001b[2J": 1,"\\u001b[2J": 1}}'.encode()
+    yield "NaN", with_value("NaN")
+    yield "Infinity", with_value("-Infinity")
+    yield "too big a number", with_value("1e999")
+    yield "a number of 5,000 digits", with_value("9" * 5000)
+    yield "a number of 100,000 digits", with_value("-" + "9" * 100_000)
+    yield "a leading zero", with_value("01")
+    for left, middle, right in ("[", "1", "]"), ('{"k":', "1", "}"):
         for depth in (101, 10_000, 1_000_000):
-            deep = (mark + key) * depth + "1" + other * depth
-            yield f"{mark} {depth:,} deep", f'{inside},"k": {deep}}}'.encode()
-            yield f"{mark} {depth:,} deep, not closed", f'{inside},"k": {(mark + key) * depth}'.encode()
-    yield "4 million lists", f'{inside},"k": [{"[]," * 4_000_000}[]]}}'.encode()
-    yield "4 million keys", f'{inside},{"".join(f"{i:x}" .join(("\"", "\":0,")) for i in range(4_000_000))}"z":0}}'.encode()
-    yield "a text of 70 MB", f'{inside},"k": "{"x" * 70 * MIB}"}}'.encode()
-    yield "60 MB of backslashes", f'{inside},"k": "{chr(92) * 60 * MIB}'.encode()
-    yield "60 MB of spaces, not closed", f"{inside},{' ' * 60 * MIB}".encode()
+            name = f"{left[0]} {depth:,} deep"
+            yield name, partial(with_value, left * depth + middle + right * depth)
+            yield f"{name}, not closed", partial(with_value, left * depth)
+    if big:
+        yield "4 million lists", lambda: with_value("[" + "[]," * 4_000_000 + "[]]")
+        yield "2 million keys", lambda: with_value("{" + ",".join(f'"{i:x}":0' for i in range(2_000_000)))
+        yield "a text of 70 MB", lambda: with_value(f'"{"x" * 70 * MIB}"')
+        yield "60 MB of backslashes", lambda: with_value('"' + "\\" * 60 * MIB)
+        yield "60 MB of spaces, not closed", lambda: f"{inside},{' ' * 60 * MIB}".encode()
 
 
 def nodes(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import entrenar
 
@@ -45,34 +49,53 @@ def run(module: str, most: int = 0, *, patience: float = PATIENCE) -> list[Resul
 
 def _run_from(first: int, module: str, most: int, patience: float) -> tuple[list[Result], Result | None]:
     """The results from case `first` on, and the case that ended the process."""
-    command = [sys.executable, "-m", "hostile.worker", f"hostile.{module}", str(most), str(first)]
-    environment = os.environ | {"PYTHONPATH": PATHS, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
-    assert process.stdout is not None and process.stderr is not None
-    lines: queue.Queue[bytes] = queue.Queue()
-    reader = threading.Thread(target=lambda: [lines.put(line) for line in [*_lines(process.stdout, lines), b""]])
-    reader.start()
     results: list[Result] = []
-    begun: dict[str, Any] = {"family": "", "name": "before the first case"}
-    try:
+    family, name = "", "before the first case"
+    with tempfile.TemporaryFile() as errors, _worker(first, module, most, errors) as (process, lines):
         while True:
             try:
                 line = lines.get(timeout=patience)
             except queue.Empty:
-                return results, Result(begun["family"], begun["name"], f"did not end within {patience:g} s")
-            facts = json.loads(line) if line else None
-            if facts is None:
-                return results, Result(begun["family"], begun["name"], _death(process))
+                return results, Result(family, name, f"did not end within {patience:g} s")
+            if not line:
+                return results, Result(family, name, _death(process, errors))
+            facts = json.loads(line)
             if "done" in facts:
                 return results, None
             if "outcome" in facts:
-                results.append(Result(begun["family"], begun["name"], facts["wrong"], facts["outcome"]))
+                results.append(Result(family, name, facts["wrong"], facts["outcome"]))
             else:
-                begun = facts
+                family, name = facts["family"], facts["name"]
+
+
+@contextlib.contextmanager
+def _worker(first: int, module: str, most: int, errors: IO[bytes]) -> Iterator[tuple[Any, queue.Queue[bytes]]]:
+    """(the process, its lines as they come, and b"" when it is gone); killed at the end."""
+    command = [sys.executable, "-m", "hostile.worker", f"hostile.{module}", str(most), str(first)]
+    environment = os.environ | {"PYTHONPATH": PATHS, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=errors)  # fmt: skip
+    lines: queue.Queue[bytes] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(b"")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield process, lines
     finally:
         process.kill()
         process.wait()
         reader.join()
         process.stdout.close()
-        process.stderr.close()
+
+
+def _death(process: subprocess.Popen[bytes], errors: IO[bytes]) -> str:
+    code = process.wait()
+    errors.seek(0)
+    told = errors.read()[-1000:].decode(errors="replace").strip()
+    how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+    return f"ended the process: {how}; {told}"
