@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
@@ -38,20 +39,32 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_file(path: str | Path, content: bytes | str) -> None:
-    """Replace the file by `content`, or leave it as it was."""
+@contextlib.contextmanager
+def new_file(path: str | Path, *, replace: bool = False) -> Iterator[BinaryIO]:
+    """`with new_file(path) as file:` write into `file`; at the end it becomes `path`, on the disk, or nothing does.
+
+    Raises FileExistsError where `path` is there already, unless it may be replaced.
+    """
     path = Path(path)
-    raw = content.encode() if isinstance(content, str) else content
+    if path.exists() and not replace:
+        raise FileExistsError(f"{path} exists already")
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(raw)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, content: bytes | str) -> None:
+    """Replace the file by `content`, or leave it as it was."""
+    with new_file(path, replace=True) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def point_link(link: Path, target: str) -> None:

@@ -188,7 +188,8 @@ def test_equals_signs_and_spaces_mean_the_same_and_values_may_begin_with_a_dash(
 
 
 def test_all_names_without_a_value_are_told_at_once():
-    with pytest.raises(CommandLineError, match=r"--a.b: a value is missing \(.*--a.b=--...\); --c.d: a value is missing$"):
+    words = r"--a.b: a value is missing \(.*--a.b=--...\); --c.d: a value is missing$"
+    with pytest.raises(CommandLineError, match=words):
         take_overrides(["--a.b", "--c.d"])
 
 

@@ -37,7 +37,7 @@ def test_a_gguf_file_is_written_with_its_tokenizer_and_the_next_command(source, 
     header, said = read_header(out), capsys.readouterr().out
     assert header.metadata["general.file_type"] == 1 and header.metadata["tokenizer.ggml.model"] == "gpt2"
     assert header.entries["blk.0.ffn_up.weight"].dtype == "F16"
-    assert f"wrote {out}: 0.1 MB, F16" in said and "parameters" in said and f"llama-cli -m {out}" in said
+    assert f"wrote {out}: 0.1 MB, F16" in said and "parameters" in said and f"llama-completion -m {out}" in said
 
 
 @pytest.mark.parametrize("kind, dtype", [("f32", "F32"), ("bf16", "BF16"), ("q8_0", "Q8_0")])

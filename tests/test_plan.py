@@ -26,6 +26,7 @@ from entrenar.llama import Llama, LlamaConfig
 from entrenar.tensor import no_grad
 from entrenar.training import machine, plan
 from entrenar.training.config import read_config
+from entrenar.training.display import size
 from entrenar.training.heap import Heap
 from entrenar.training.plan import make_plan, render
 from entrenar.training.rehearsal import WEIGHTS, Rehearsal
@@ -42,12 +43,12 @@ def config(name="tiny", **changes):
 # ---- the peak of real runs
 
 
-def corpus(folder: Path, size: int) -> Path:
+def corpus(folder: Path, length: int) -> Path:
     """Text of so many bytes, about, in which a BPE finds 32,000 tokens, from 4 MB on."""
     rng = np.random.default_rng(1)
     letters = np.frombuffer(b"etaoinshrdlucmfwypvbgkjqxz", np.uint8)
     words = [bytes(rng.choice(letters, n)) for n in rng.integers(3, 10, 30_000)]
-    lines = (b" ".join(words[i] for i in row) + b".\n" for row in rng.integers(0, len(words), (size // 84, 12)))
+    lines = (b" ".join(words[i] for i in row) + b".\n" for row in rng.integers(0, len(words), (length // 84, 12)))
     (folder / "words.txt").write_bytes(b"".join(lines))
     return folder / "words.txt"
 
@@ -78,7 +79,7 @@ def off(said: dict, peak: int) -> float:
 
 
 def test_a_real_run_of_tiny_takes_what_the_plan_said(tmp_path):
-    said, peak = measured_run(tmp_path, "tiny", corpus(tmp_path, 400_000), "run", training__steps=2)
+    said, peak = measured_run(tmp_path, "tiny", corpus(tmp_path, 300_000), "run", training__steps=2)
     assert abs(off(said, peak)) <= TOLERANCE, (said, peak)
 
 
@@ -130,7 +131,7 @@ def traced_peak(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool) 
         tracemalloc.start()
         model = Llama(shape, checkpointing=checkpointing)
         optimizer = optim.AdamW(model.named_parameters())
-        ids = np.zeros((4, 96), np.int64)
+        ids = np.zeros((4, 64), np.int64)
         for _ in range(2):
             for _ in range(micro_batches):
                 loss = model.loss(ids, ids, reduction="sum")
@@ -150,14 +151,13 @@ def traced_peak(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool) 
 
 
 def rehearsed(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool, kind=Rehearsal) -> int:
-    rehearsal = kind(shape, batch=4, context=96, micro_batches=micro_batches, checkpointing=checkpointing,
+    rehearsal = kind(shape, batch=4, context=64, micro_batches=micro_batches, checkpointing=checkpointing,
                      threads=kernels.get_num_threads())  # fmt: skip
     rehearsal.draw = lambda: None
     return rehearsal.run().most
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("checkpointing, micro_batches", [(False, 1), (True, 2)], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_rehearsal_holds_what_a_real_step_holds(native, name, micro_batches, checkpointing):
     shape = shape_of(**SHAPES[name])
@@ -196,13 +196,14 @@ def test_micro_batches_after_the_third_change_nothing():
 
 
 def test_layers_beyond_those_that_are_rehearsed_count_as_if_they_were(monkeypatch):
-    c, shape = config(), shape_of(num_hidden_layers=96)
+    monkeypatch.setattr(Rehearsal, "draw", lambda self: None)  # beside so few layers the picture would count
+    c, shape = config(), shape_of(num_hidden_layers=60)
     for checkpointing in (False, True):
         c.training.activation_checkpointing = checkpointing
-        told = plan.predicted(c, shape)
+        whole = plan.predicted(c, shape)
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "MOST_LAYERS", 96)
-            whole = plan.predicted(c, shape)
+            patch.setattr(plan, "MOST_LAYERS", 20)
+            told = plan.predicted(c, shape)
         assert told.bytes == pytest.approx(whole.bytes, rel=0.01)
         assert told.parts[WEIGHTS] == pytest.approx(whole.parts[WEIGHTS], rel=1e-6)
 
@@ -247,7 +248,7 @@ def test_arrays_with_a_mapping_of_their_own_go_back_and_leave_no_gap():
 
 
 def test_the_buffers_add_up_to_the_fullest_moment():
-    for name in ("tiny", "15m", "42m", "124m", "7b"):
+    for name in ("tiny", "15m", "124m", "7b"):
         p = make_plan(config(name))
         assert sum(buffer.bytes for buffer in p.buffers) == p.training <= p.peak
         assert all(buffer.bytes >= 0 for buffer in p.buffers)
@@ -273,32 +274,38 @@ def test_planning_leaves_no_trace(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_that_does_not_fit_is_refused_with_numbers_and_ways_out(monkeypatch):
-    monkeypatch.setattr(machine, "memory_limit", lambda: 600_000_000)
-    p = make_plan(config(training__batch_size=64))
+@pytest.fixture
+def tight(monkeypatch):
+    """Makes a plan where this process may hold no more than 300 MB beside what it holds."""
+
+    def make(**changes):
+        limit = plan.measured_program() + 300 * 10**6
+        monkeypatch.setattr(machine, "memory_limit", lambda: limit)
+        return make_plan(config(**{"training__batch_size": 128} | changes))
+
+    return make
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_numbers_and_ways_out(tight):
+    p = tight()
     message = p.refusal()
     assert not p.fits
-    assert message.startswith("this run would need ") and "this machine or container has 600 MB" in message
-    assert "training.batch_size = 32, training.accumulation = 2: " in message
-    assert "training.activation_checkpointing = true: " in message and "fits" in message
+    assert message.startswith("this run would need ")
+    assert f"this machine or container has {size(p.limit)}; what would need less:" in message
+    assert "training.batch_size = 32, training.accumulation = 4: " in message
+    assert "training.activation_checkpointing = true" in message and ", fits" in message
     assert message.endswith("--force starts all the same")
 
 
-def test_what_advice_promises_is_what_the_changed_configuration_needs(monkeypatch):
-    monkeypatch.setattr(machine, "memory_limit", lambda: 600_000_000)
-    c = config(training__batch_size=64)
-    p = make_plan(c)
-    assert len(p.advice) >= 3
-    for line in p.advice:
+def test_what_advice_promises_is_what_the_changed_configuration_needs(tight):
+    advice = tight().advice
+    assert len(advice) >= 3
+    for line in advice:
         changes, _, promise = line.rpartition(": ")
-        settings = [part.split(" = ") for part in changes.split(", ")]
-        assert all(name.startswith("training.") for name, _ in settings)
-        changed = make_plan(read_config(CONFIGS / "tiny.toml", [(n, v) for n, v in settings])
-                            if "batch_size" in changes else
-                            config(training__batch_size=64, **{n.replace(".", "__"): v for n, v in settings}))  # fmt: skip
-        said = float(promise.split()[0])
+        settings = dict(part.split(" = ") for part in changes.split(", "))
+        changed = tight(**{name.replace(".", "__"): value for name, value in settings.items()})
         assert changed.fits and promise.endswith(" MB, fits")
-        assert changed.needed / 1e6 == pytest.approx(said, rel=0.02)  # the program is measured again
+        assert changed.needed / 1e6 == pytest.approx(float(promise.split()[0]), rel=0.03)  # measured again
 
 
 def test_a_model_that_no_batch_makes_small_enough_is_told_so(monkeypatch):
@@ -343,16 +350,16 @@ def test_a_plan_is_shown_on_one_screen(monkeypatch):
 
 
 def test_an_absurd_configuration_is_planned_at_once():
-    start = time.perf_counter()
-    p = make_plan(config(training__batch_size=2**40, model__num_hidden_layers=10**6, model__hidden_size=2**16))
-    assert not p.fits and p.peak > 1 << 70
-    assert time.perf_counter() - start < 5
+    start = time.process_time()
+    p = make_plan(config(training__batch_size=2**40, model__num_hidden_layers=2000, model__hidden_size=2**16))
+    assert not p.fits and p.peak > 1 << 65
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.tier3
 def test_the_numpy_reference_takes_about_what_the_plan_said(tmp_path, monkeypatch):
     monkeypatch.setitem(SAME_PACKAGE, "ENTRENAR_KERNELS", "reference")
-    said, peak = measured_run(tmp_path, "tiny", corpus(tmp_path, 400_000), "run", training__steps=2)
+    said, peak = measured_run(tmp_path, "tiny", corpus(tmp_path, 300_000), "run", training__steps=2)
     assert abs(off(said, peak)) <= 2 * TOLERANCE, (said, peak)
 
 

@@ -316,7 +316,8 @@ def test_damaged_data_is_refused_by_name_and_prepared_again(folder, tmp_path, na
         ("train_tokens", 5, "its count is"),
         ("train_tokens", "5", '"train_tokens" is \'5\', wanted int'),
         ("train_tokens", True, '"train_tokens" is \'True\', wanted int'),
-        ("train_bytes", -1, '"train_bytes" is -1, wanted at least 0'),
+        ("train_bytes", 0, '"train_bytes" is 0, wanted at least 1'),
+        ("xz_bits", -0.5, '"xz_bits" is -0.5, wanted at least 0'),
         ("exact_bytes", 1, '"exact_bytes" is \'1\', wanted bool'),
         ("gzip_bits", None, '"gzip_bits" is \'None\', wanted float'),
         ("skipped", [1], '"skipped" holds something else than names'),
@@ -506,6 +507,29 @@ def test_a_source_that_grows_meanwhile_is_refused(folder, tmp_path, monkeypatch)
     with pytest.raises(CorpusError, match="changed while it was being prepared"):
         prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_was_begun_and_left_alone_for_a_week_goes(folder, tmp_path):
+    for name, age in (("old", 8 * 86400), ("young", 86400)):
+        (tmp_path / "cache" / f"{name}.partial").mkdir(parents=True)
+        os.utime(tmp_path / "cache" / f"{name}.partial", (time.time() - age,) * 2)
+    made = prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {made.folder.name, "young.partial"}
+
+
+def test_a_pipe_among_prepared_files_is_refused_and_does_not_hang(folder, tmp_path):
+    made = prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    for name in ("train.tokens", "facts.json", "names", "places", "tokenizer/tokenizer.json", "tokenizer/more"):
+        path = made.folder / name
+        raw = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        with pytest.raises(CorpusError, match=path.name):
+            load_prepared(made.folder)
+        path.unlink()
+        if raw is not None:
+            path.write_bytes(raw)
+    assert load_prepared(made.folder).identity == made.identity
 
 
 def test_a_second_run_waits_for_the_first_and_takes_what_it_made(folder, tmp_path):

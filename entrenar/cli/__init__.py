@@ -127,7 +127,7 @@ def overview() -> str:
 
 
 def told(name: str, error: BaseException) -> int:
-    """Say on stderr what went wrong with a verb ("": before there was one); returns the exit code that stands for it."""
+    """Say on stderr what went wrong with a verb, "" where there was none; returns the exit code that stands for it."""
     if os.environ.get("ENTRENAR_TRACEBACK", "0") not in ("", "0"):
         import traceback
 

@@ -33,7 +33,7 @@ HELP = "say what runs here, how fast, and what is wrong with it"
 EXAMPLE = """
 entrenar doctor
 """
-NEEDED = ("tokenizers", "safetensors", "ml_dtypes", "rich", "PIL", "shtab")
+NEEDED = ("tokenizers", "ml_dtypes", "rich", "PIL", "shtab", *(() if sys.version_info >= (3, 14) else ("backports.zstd",)))
 EXTRAS = {"parquet": "pyarrow"}  # extra of the package -> what it brings
 ROOM = 1 << 30  # bytes of disk and of memory below which even the default run is tight
 COPIED = 128 << 20  # bytes copied to measure the memory: more than any cache holds
@@ -85,16 +85,23 @@ def installed() -> Section:
     section.fact("python", platform.python_version(), f"{platform.python_version()}, {sys.executable}")
     section.fact("system", platform.platform())
     section.fact("numpy", np.__version__, f"{np.__version__} with {blas()}")
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if not there(name)]
     section.fact("libraries", [name for name in NEEDED if name not in missing],
                  ", ".join(f"{name} {version(name)}" for name in NEEDED if name not in missing) or "none")  # fmt: skip
     for extra, module in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
-        section.fact(extra, there, f"{module} {version(module)}" if there
+        section.fact(extra, there(module), f"{module} {version(module)}" if there(module)
                      else f"not installed: pip install 'entrenar[{extra}]' reads such files")  # fmt: skip
     if missing:
         section.problems.append(f"{', '.join(missing)}: not installed; pip install --force-reinstall entrenar does it")
     return section
+
+
+def there(module: str) -> bool:
+    """Whether a module could be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package it would be in
+        return False
 
 
 def blas() -> str:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from entrenar.cli.parser import CommandLineError
@@ -146,9 +147,9 @@ def _write_gguf(args: argparse.Namespace, opened: Opened, out: Path) -> None:
     export_gguf(opened.model, opened.tokenizer, out, kind=args.type, replace=args.force, say=print)
     print(f"wrote {out}: {_size(out.stat().st_size)}, {args.type.upper()}, {_model(opened)}, tokenizer inside")
     print("try it:")
-    print(f'  llama-cli -m {out} -no-cnv -p "Once upon a time"')
+    print(f'  llama-completion -m {quote(str(out))} -no-cnv -p "Once upon a time"')  # llama-cli only chats by now
     if args.type != "q8_0" and opened.model.config.hidden_size % 256 == 0:  # the small types' blocks
-        print(f"  llama-quantize {out} {out.with_suffix('')}-q4_k_m.gguf Q4_K_M")
+        print(f"  llama-quantize {quote(str(out))} {quote(str(out.with_suffix('')) + '-q4_k_m.gguf')} Q4_K_M")
 
 
 def _write_llama2c(args: argparse.Namespace, opened: Opened, out: Path) -> None:
@@ -168,7 +169,7 @@ def _write_llama2c(args: argparse.Namespace, opened: Opened, out: Path) -> None:
     print(f"wrote {beside}: {_size(beside.stat().st_size)}")
     if args.type == "v0":
         print("try it:")
-        print(f'  ./run {out} -z {beside} -i "Once upon a time"')
+        print(f'  ./run {quote(str(out))} -z {quote(str(beside))} -i "Once upon a time"')
 
 
 WRITERS: dict[str, Callable[..., None]] = {"hf": _write_hf, "gguf": _write_gguf, "llama2c": _write_llama2c}

@@ -63,7 +63,7 @@ def open_model(path: str | Path, *, warn: Callable[[str], None] = lambda text: N
     path = Path(path).expanduser()
     if path.is_file():
         model, folder = _read_file(path), path.parent
-        tokenizer = load_tokenizer(folder)
+        tokenizer = _tokenizer_beside(folder)
         ends = [] if tokenizer.begin_id is None else [tokenizer.begin_id]  # llama2.c's texts end where the next begins
         context = model.config.max_position_embeddings
     else:
@@ -112,6 +112,16 @@ def _read_file(path: Path) -> Llama:
     from entrenar.convert.llama2c import import_llama2c
 
     return import_llama2c(path)
+
+
+def _tokenizer_beside(folder: Path) -> Tokenizer:
+    """tokenizer.json or tokenizer.model; of a llama2.c file, without them, tokenizer.bin."""
+    known = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if known or not (folder / "tokenizer.bin").is_file():
+        return load_tokenizer(folder)
+    from entrenar.convert.llama2c import import_tokenizer
+
+    return import_tokenizer(folder / "tokenizer.bin")
 
 
 def _must_match(path: Path, tokenizer: Tokenizer, model: Llama) -> None:

@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
-
 import numpy as np
 
-from entrenar.files import sync
 from entrenar.formats import FormatError
 
 
 class ConvertError(FormatError):
     """This model or tokenizer cannot be said in that format; the message names why, and the way out."""
-
-
-@contextlib.contextmanager
-def new_file(path: str | Path, *, replace: bool = False) -> Iterator[BinaryIO]:
-    """`with new_file(path) as file:` write into `file`; at the end it becomes `path`, on the disk, or nothing does.
-
-    Raises FileExistsError where `path` is there already, unless it may be replaced.
-    """
-    path = Path(path)
-    if path.exists() and not replace:
-        raise FileExistsError(f"{path} exists already")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def interleave(w: np.ndarray, heads: int) -> np.ndarray:

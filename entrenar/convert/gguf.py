@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from entrenar.convert import ConvertError, interleave, new_file
+from entrenar.convert import ConvertError, interleave
 from entrenar.convert.vocabulary import UNUSED, Vocabulary, read_vocabulary
 from entrenar.data import Tokenizer
+from entrenar.files import new_file
 from entrenar.formats.gguf import Tensor, write_gguf
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.model import rope_frequencies

@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from entrenar.convert import ConvertError, deinterleave, interleave, new_file
+from entrenar.convert import ConvertError, deinterleave, interleave
 from entrenar.convert.vocabulary import BYTES, SPACE, read_vocabulary
 from entrenar.data import Tokenizer, sentencepiece
 from entrenar.data.tokenizer_subword import SubwordTokenizer
+from entrenar.files import new_file
 from entrenar.formats import FormatError, open_regular
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.model import rope_tables

@@ -106,6 +106,8 @@ def evaluation_windows(tokens: np.ndarray, *, first: int, context: int, stride: 
         raise ValueError(f"evaluation_windows: stride = {stride}: wanted 1 to the context, {context}")
     done = 0  # tokens predicted so far
     for number, start in enumerate(range(0, len(tokens), stride)):
+        if number % FORGET_AFTER == 0:
+            forget(tokens)
         stop = min(start + context, len(tokens))
         if number % every == 0 and done < stop:
             x, y = np.full(context, first, np.int64), np.full(context, IGNORE, np.int64)

@@ -25,6 +25,7 @@ from entrenar.data.corpus import printable, source_file
 from entrenar.data.tokenizer import Tokenizer
 from entrenar.formats import FormatError, open_regular
 
+FARTHEST = 1 << 24  # tokens: no piece has as many
 RECORD = np.dtype([("token", "<u8"), ("line", "<u8"), ("file", "<u4"), ("zero", "<u4")])
 
 
@@ -44,9 +45,9 @@ class Places:
             return "an unknown place: the index of places is damaged"
         name, line = self.names[number], int(self.records[found]["line"])
         kind = source_file(name, Path(name)).kind
-        if kind == "text":
-            before = tokens[int(self.records[found]["token"]) : offset]
-            line += 1 + tokenizer.decode(before.tolist()).count("\n")
+        start = int(self.records[found]["token"])
+        if kind == "text" and offset - start < FARTHEST:
+            line += 1 + tokenizer.decode(tokens[start:offset].tolist()).count("\n")
         return f"{printable(name)} {'row' if kind == 'parquet' else 'line'} {line:,}"
 
 

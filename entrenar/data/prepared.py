@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -43,6 +44,9 @@ from entrenar.formats.strict_json import read_object
 
 FORMAT = 2  # of the cache; another number makes every old entry stale
 FACTS, NAMES = "facts.json", "names"
+_NAMES_LIMIT = 1 << 30  # bytes
+_MAY_BE_ZERO = ("skipped_documents", "held_out_token_bytes", "gzip_bits", "xz_bits")
+_STALE = 7 * 86400  # seconds after which an unfinished preparation is no longer waited for
 
 Say = Callable[..., None]
 
@@ -137,7 +141,9 @@ def prepare(source: str, *, tokenizer: str = "bpe", vocab_size: int = 2048, held
     job = _Job(sources, fingerprint, key, tokenizer, vocab_size, held_out, skip_bad, say)
     if (entries := _cache_folder(cache)) is not None:
         try:
-            return _prepared_in(entries / key, job)
+            made = _prepared_in(entries / key, job)
+            _sweep(entries)
+            return made
         except _Unwritable as error:
             say(f"prepared data is not kept for the next run: {error}", 0, 0)
     if into is not None:
@@ -312,9 +318,17 @@ def tokenizer_hash(folder: Path) -> str:
     """A hash, in hexadecimal, of every file of a saved tokenizer."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.iterdir()):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
+        _add_file(digest, path)
     return digest.hexdigest()
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    """Name, size and content of a file to a hash. Raises FormatError for what is no regular file."""
+    file, size = open_regular(path)
+    with file:
+        digest.update(f"{printable(path.name)}\0{size}\0".encode())
+        while block := file.read(1 << 20):
+            digest.update(block)
 
 
 def _cache_folder(cache: str) -> Path | None:
@@ -342,9 +356,16 @@ def _content_hash(tokenizer: Path) -> str:
     digest = hashlib.blake2b()
     for path in dict.fromkeys((tokenizer, *(folder / name for name in beside))):
         if path.is_file():
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-            digest.update(path.read_bytes())
+            _add_file(digest, path)
     return digest.hexdigest()
+
+
+def _sweep(entries: Path) -> None:
+    """Remove from the cache what was begun and left alone for a week."""
+    for path in entries.glob("*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE:  # each entry of its journal renews it
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _load(folder: Path) -> tuple[Prepared, str]:
@@ -387,8 +408,9 @@ def _facts(path: Path) -> tuple[Facts, str]:
         value, wanted = values.get(one.name), kinds[str(one.type)]
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
             raise CorpusError(f'{path}: "{one.name}" is {str(value)[:40]!r}, wanted {one.type}')
-        if wanted is not str and isinstance(value, (int, float)) and value < 0:
-            raise CorpusError(f'{path}: "{one.name}" is {value}, wanted at least 0')
+        least = 0 if one.name in _MAY_BE_ZERO else 1
+        if type(value) in (int, float) and value < least:
+            raise CorpusError(f'{path}: "{one.name}" is {value}, wanted at least {least}')
     if unknown := set(values) - {one.name for one in fields(Facts)}:
         raise CorpusError(f"{path}: unknown facts: {', '.join(sorted(unknown))[:200]}")
     if not all(isinstance(name, str) for name in values["skipped"]):
@@ -397,8 +419,10 @@ def _facts(path: Path) -> tuple[Facts, str]:
 
 
 def _names(path: Path) -> list[str]:
-    file, _ = open_regular(path)
+    file, size = open_regular(path)
     with file:
+        if size > _NAMES_LIMIT:
+            raise CorpusError(f"{path}: has {size:,} bytes; wanted at most {_NAMES_LIMIT:,}")
         *names, rest = file.read().split(b"\0")
     if rest or not names:
         raise CorpusError(f"{path}: wanted names, a NUL after each; the file was cut off")

@@ -44,6 +44,7 @@ MODEL = {
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
     "initializer_range": 0.06,
+    "rms_norm_eps": 1e-5,
     "bos_token_id": None,
     "eos_token_id": None,
 }

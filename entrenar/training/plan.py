@@ -13,6 +13,7 @@ The whole is compared with the peak of real runs by tests/test_plan.py.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
@@ -65,7 +66,7 @@ READ_AROUND = 64 << 10  # what Linux maps around a page of a file that is touche
 SHORTEST = 32  # tokens of context that advice still proposes
 BAR = 24  # letters
 PREPARING_BYTES = {"bytes": 60 * 10**6, "": 230 * 10**6}  # measured on 4 to 40 MB of text, 2,048 and 32,000 tokens
-MOST_LAYERS = 48  # are rehearsed; each more adds as much as those before
+MOST_LAYERS = 128  # are rehearsed; each more adds as much as those before
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,7 @@ def measured_program() -> int:
     return machine.memory_used()
 
 
+@functools.cache  # once in a process
 def _go_through_the_code() -> None:
     """Train, save and draw something tiny: code becomes resident when it first runs. Leaves no trace but that."""
     before = random.get_state()
@@ -345,13 +347,19 @@ def advice(config: Config, shape: LlamaConfig, beside: int, needed: int, room: i
     needed   by the configuration as it is
     """
 
-    def need(changes: dict[str, Any]) -> int:
-        changed = replace(config, training=replace(config.training, **changes))
-        return beside + predicted(changed, shape).bytes
+    known: dict[tuple[Any, ...], int] = {}
 
-    fitting, nearest = [], []
+    def need(changes: dict[str, Any]) -> int:
+        key = tuple(changes.items())
+        if key not in known:
+            changed = replace(config, training=replace(config.training, **changes))
+            known[key] = beside + predicted(changed, shape).bytes
+        return known[key]
+
+    fitting, nearest, fixed = [], [], 4 * FLOAT * shape.parameter_count()
     for ladder in filter(None, _ladders(config)):
-        step = bisect_left(ladder, True, key=lambda changes: need(changes) <= room)
+        first = len(ladder) - 1 if fixed > room else 0  # where nothing can fit, the last step comes nearest
+        step = bisect_left(ladder, True, first, key=lambda changes: need(changes) <= room)
         changes = ladder[min(step, len(ladder) - 1)]
         bytes_ = need(changes)
         words = ", ".join(f"training.{name} = {str(value).lower()}" for name, value in changes.items())
@@ -361,8 +369,7 @@ def advice(config: Config, shape: LlamaConfig, beside: int, needed: int, room: i
             nearest.append((bytes_, f"{words}: {size(bytes_)}, too much"))
     if fitting:
         return fitting
-    fixed = size(4 * FLOAT * shape.parameter_count())
-    smaller = f"a smaller [model]: weights, gradients and moments of this one alone are {fixed}"
+    smaller = f"a smaller [model]: weights, gradients and moments of this one alone are {size(fixed)}"
     return [*(line for _, line in sorted(nearest)[:2]), smaller]
 
 

@@ -117,6 +117,16 @@ def _about_the_error(case: Case, outcome: Outcome) -> Iterator[str]:
 WHOLE = (-(2**63), -1, 0, 1, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**99)
 WORDS = (None, True, 1.5, -0.0, "", "1", [], {}, [0], {"a": 1})
 MIB = 1 << 20
+GONE = object()
+
+
+def others(true: Any, *values: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each of the values once, but not `true` itself; GONE stands for its absence."""
+    seen = {(type(true), repr(true))}
+    for value in values:
+        if (type(value), repr(value)) not in seen:
+            seen.add((type(value), repr(value)))
+            yield "gone" if value is GONE else f"{short(value)} {type(value).__name__}", value
 
 
 def bytes_at(name: str, raw: bytes | Callable[[], bytes]) -> Callable[[Path], Path]:
@@ -242,9 +252,6 @@ def nodes(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | i
     for key, value in inner:
         yield (*path, key)
         yield from nodes(value, (*path, key))
-
-
-GONE = object()
 
 
 def replaced(tree: Any, path: tuple[str | int, ...], value: Any) -> Any:

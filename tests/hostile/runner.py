@@ -50,13 +50,15 @@ def run(module: str, most: int = 0, *, patience: float = PATIENCE) -> list[Resul
 def _run_from(first: int, module: str, most: int, patience: float) -> tuple[list[Result], Result | None]:
     """The results from case `first` on, and the case that ended the process."""
     results: list[Result] = []
-    family, name = "", "before the first case"
+    family, name = "", ""
     with tempfile.TemporaryFile() as errors, _worker(first, module, most, errors) as (process, lines):
         while True:
             try:
                 line = lines.get(timeout=patience)
             except queue.Empty:
                 return results, Result(family, name, f"did not end within {patience:g} s")
+            if not line and not name:  # no case's fault
+                raise RuntimeError(f"hostile.{module}: {_death(process, errors)}")
             if not line:
                 return results, Result(family, name, _death(process, errors))
             facts = json.loads(line)
@@ -96,6 +98,6 @@ def _worker(first: int, module: str, most: int, errors: IO[bytes]) -> Iterator[t
 def _death(process: subprocess.Popen[bytes], errors: IO[bytes]) -> str:
     code = process.wait()
     errors.seek(0)
-    told = errors.read()[-1000:].decode(errors="replace").strip()
+    told = errors.read()[-2000:].decode(errors="replace").strip()
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
     return f"ended the process: {how}; {told}"
