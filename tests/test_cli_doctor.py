@@ -163,6 +163,15 @@ def test_the_cache_is_counted(tmp_path):
     assert "1 entry, 5.0 MB" in dict((name, words) for name, _, words in doctor.storage().facts)["cache"]
 
 
+def test_what_is_copied_fits_into_a_small_container(monkeypatch):
+    copied = []
+    monkeypatch.setattr(doctor, "COPIED", 128 << 20)
+    monkeypatch.setattr(doctor, "memory_bandwidth", lambda threads, seconds, nbytes: copied.append(nbytes) or 1e9)
+    monkeypatch.setattr("entrenar.training.machine.memory_available", lambda: 64 << 20)
+    doctor.speed()
+    assert set(copied) == {8 << 20}
+
+
 def test_little_memory_is_a_problem(monkeypatch):
     monkeypatch.setattr("entrenar.training.machine.memory_available", lambda: 3 * 10**8)
     assert doctor.memory().problems == ["only 300 MB of memory are free: end other programs, or raise the limit"]

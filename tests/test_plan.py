@@ -46,8 +46,8 @@ def config(name="tiny", **changes):
 def corpus(folder: Path, length: int) -> Path:
     """Text of so many bytes, about, in which a BPE finds 32,000 tokens, from 4 MB on."""
     rng = np.random.default_rng(1)
-    letters = np.frombuffer(b"etaoinshrdlucmfwypvbgkjqxz", np.uint8)
-    words = [bytes(rng.choice(letters, n)) for n in rng.integers(3, 10, 30_000)]
+    letters = rng.choice(np.frombuffer(b"etaoinshrdlucmfwypvbgkjqxz", np.uint8), 9 * 30_000).tobytes()
+    words = [letters[9 * i : 9 * i + n] for i, n in enumerate(rng.integers(3, 10, 30_000))]
     lines = (b" ".join(words[i] for i in row) + b".\n" for row in rng.integers(0, len(words), (length // 84, 12)))
     (folder / "words.txt").write_bytes(b"".join(lines))
     return folder / "words.txt"
@@ -223,7 +223,8 @@ def test_arrays_in_the_heap_never_overlap_and_gaps_are_all_the_rest(events):
         assert all(a + size == b for (a, size), (b, _) in pairwise(parts))  # side by side, nothing between
         assert not parts or (parts[0][0] == 0 and sum(parts[-1]) == heap.top)
         assert heap.living["x"] == sum(a.size for a in living) <= heap.peak
-        assert heap.at_peak["x"] <= heap.peak
+    heap.drop(*living)
+    assert heap.at_peak["x"] <= heap.peak and heap.at_peak["x"] <= heap.most and heap.now == heap.mapped == 0
 
 
 def test_the_heap_takes_the_smallest_gap_that_holds_an_array():
@@ -330,7 +331,7 @@ def test_a_run_that_fits_but_not_beside_others_is_warned_of(monkeypatch):
 
 
 def test_pages_of_the_token_file_do_not_have_to_fit(tmp_path):
-    data = prepare(str(corpus(tmp_path, 200_000)), tokenizer="bytes", cache=str(tmp_path / "cache"))
+    data = prepare(str(corpus(tmp_path, 100_000)), tokenizer="bytes", cache=str(tmp_path / "cache"))
     c = config(data__tokenizer="bytes")
     p = make_plan(c, data=data)
     assert 0 < p.reclaimable <= data.train.nbytes + data.held_out.nbytes
@@ -349,11 +350,12 @@ def test_a_plan_is_shown_on_one_screen(monkeypatch):
     assert "at half of the 100 GFLOP/s" in text
 
 
-def test_an_absurd_configuration_is_planned_at_once():
+def test_an_absurd_configuration_is_planned_at_once(monkeypatch):
+    monkeypatch.setattr(plan, "MOST_LAYERS", 16)
     start = time.process_time()
-    p = make_plan(config(training__batch_size=2**40, model__num_hidden_layers=2000, model__hidden_size=2**16))
-    assert not p.fits and p.peak > 1 << 65
-    assert time.process_time() - start < 5
+    p = make_plan(config(training__batch_size=2**40, model__num_hidden_layers=10**6, model__hidden_size=2**16))
+    assert not p.fits and p.peak > 1 << 70
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.tier3
@@ -426,7 +428,7 @@ def test_the_memory_that_could_be_had_now_is_at_most_the_limit():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status tells it on Linux alone")
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
-    ballast = np.ones(30_000_000)
+    ballast = np.ones(15_000_000)
     code = "from entrenar.training import machine; print(machine.memory_peak())"
     said = subprocess.run([sys.executable, "-c", code], env=SAME_PACKAGE, capture_output=True, text=True, check=True)
     assert int(said.stdout) < ballast.nbytes / 2

@@ -411,6 +411,15 @@ def test_a_spike_warns_or_stops(capsys, monkeypatch):
     assert resume("stopped", "--training.on_spike", "warn") == 0
 
 
+def test_a_reader_that_goes_away_does_not_end_the_run(wanted, capsys):
+    one = process("train", "--out", "run", *words(training__report_every=1))
+    one.stdout.readline()
+    one.stdout.close()
+    one.wait(timeout=60)
+    assert one.returncode == 141 and one.stderr.read() == ""
+    assert bits("run") == wanted and events("run")[-1]["event"] == "end"
+
+
 # Budgets
 
 

@@ -12,11 +12,10 @@ import tokenizer_kinds as kinds
 from hypothesis import strategies as st
 from tokenizer_kinds import BYTES, CONTROL, LINES, UNKNOWN, UNUSED, USER_DEFINED, field, model_file
 
-from entrenar.data import END, ByteTokenizer, TokenizerError, load_tokenizer, train_bpe
+from entrenar.data import END, ByteTokenizer, TokenizerError, load_tokenizer, tokenizer_cuts, train_bpe
 from entrenar.data import tokenizer as tokenizer_module
 from entrenar.data import tokenizer_protocol as protocol_module
 from entrenar.data.sentencepiece import parse_model
-from entrenar.data.tokenizer import fingerprint
 
 TEXTS = [
     "",
@@ -170,6 +169,26 @@ def test_a_cut_changes_no_token(every, name, text, at):
         assert np.concatenate(parts).tolist() == tokenizer.encode(text).tolist()
 
 
+@pytest.mark.parametrize("regex", tokenizer_cuts.KNOWN)
+@hypothesis.given(text=st.text("\n\n\n\r /!a'sA1.\u0301日 ", max_size=30) | any_text)
+@hypothesis.example(text="}\n// words\n")
+def test_no_word_of_the_known_regular_expressions_runs_over_a_cut(regex, text):
+    from tokenizers import Regex, pre_tokenizers
+
+    def words(part):
+        return [word for word, _ in splitter.pre_tokenize_str(part)]
+
+    splitter, line = pre_tokenizers.Split(Regex(regex), "isolated"), tokenizer_cuts.KNOWN[regex]
+    for found in line.finditer(text):
+        assert words(text[: found.end()]) + words(text[found.end() :]) == words(text)
+
+
+def test_where_slashes_belong_to_the_word_before_a_line_of_them_is_no_cut():
+    text = "}\n// words\nmore"
+    assert [m.end() for m in tokenizer_cuts.KNOWN[tokenizer_cuts.CL100K].finditer(text)] == [2, 11]
+    assert [m.end() for m in tokenizer_cuts.KNOWN[tokenizer_cuts.O200K].finditer(text)] == [11]
+
+
 def test_elsewhere_a_cut_would_change_tokens(every):
     """So that the test above can fail at all."""
     for name in set(kinds.KINDS) - {"plain_bytes", "wordpiece"}:
@@ -319,15 +338,6 @@ def test_training_a_tokenizer_is_repeatable(bpe):
     again = train_bpe([LINES, "def f(x):\n    return x\n" * 20], vocab_size=400)
     assert again.inner.to_str() == bpe.inner.to_str()
     assert bpe.vocab_size <= 400
-
-
-def test_the_fingerprint_changes_with_every_file_that_is_read(made, tmp_path):
-    kinds.llama3(tmp_path)
-    seen = {fingerprint(tmp_path)}
-    for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
-        (tmp_path / name).write_text((tmp_path / name).read_text() + " ")
-        seen.add(fingerprint(tmp_path))
-    assert len(seen) == 4 and fingerprint(tmp_path) == fingerprint(tmp_path / "tokenizer.json")
 
 
 # --- LLaMA-2's tokenizer.model ---------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def told(name: str, error: BaseException) -> int:
 def explained(error: BaseException) -> tuple[int, str]:
     """(exit code, message) of an error."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "stopped"
+        return getattr(error, "code", INTERRUPTED), str(error) or "stopped"  # training says more: signals.py
     if isinstance(error, MemoryError):
         return FAILED, str(error) or "out of memory"
     if isinstance(error, loaded(UNUSABLES)):

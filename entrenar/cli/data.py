@@ -135,7 +135,8 @@ def held_out_rows(data: Prepared, config: Config, first: int) -> Iterator[Row]:
 
     t, total = config.training, len(data.held_out)
     stride = stride_of(t.context, t.eval_overlap)
-    windows = evaluation_windows(data.held_out, first=data.tokenizer.end_id, context=t.context, stride=stride)
+    end, begin = data.tokenizer.end_id, data.tokenizer.begin_id
+    windows = evaluation_windows(data.held_out, first=end if begin is None else begin, context=t.context, stride=stride)
     count = 1 + max(0, -(-(total - t.context) // stride))  # windows, until one reaches the end
     if (first - 1) * t.batch_size >= count:
         raise CommandLineError(f"--batch {first}: the held-out text has only {-(-count // t.batch_size):,} batches")

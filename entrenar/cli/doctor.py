@@ -33,10 +33,11 @@ HELP = "say what runs here, how fast, and what is wrong with it"
 EXAMPLE = """
 entrenar doctor
 """
-NEEDED = ("tokenizers", "ml_dtypes", "rich", "PIL", "shtab", *(() if sys.version_info >= (3, 14) else ("backports.zstd",)))
+NEEDED: tuple[str, ...] = ("tokenizers", "ml_dtypes", "rich", "PIL", "shtab")
+NEEDED += () if sys.version_info >= (3, 14) else ("backports.zstd",)
 EXTRAS = {"parquet": "pyarrow"}  # extra of the package -> what it brings
 ROOM = 1 << 30  # bytes of disk and of memory below which even the default run is tight
-COPIED = 128 << 20  # bytes copied to measure the memory: more than any cache holds
+COPIED = 128 << 20  # bytes copied to measure the memory: more than most caches hold
 SECONDS = 0.2  # of each measurement
 GB, GFLOP = 1e9, 1e9
 
@@ -243,10 +244,13 @@ def cache_folder() -> Path | None:
 
 
 def speed() -> Section:
+    from entrenar.training import machine
+
     section, several = Section("speed, measured"), kernels.get_num_threads()
+    copied = max(1 << 20, min(COPIED, machine.memory_available() // 8))  # two arrays of it, in a small container too
     for threads in sorted({1, several}):
         words = f"{threads} thread{'s' if threads > 1 else ''}"
-        peak, moved = fma_peak(threads, SECONDS), memory_bandwidth(threads, SECONDS, COPIED)
+        peak, moved = fma_peak(threads, SECONDS), memory_bandwidth(threads, SECONDS, copied)
         section.fact(f"multiply-adds, {words}", peak, f"{peak / GFLOP:,.0f} GFLOP/s")
         section.fact(f"memory, {words}", moved, f"{moved / GB:,.1f} GB/s read and written by a copy")
     return section

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from entrenar.cli.models import Opened
 
 NAME = "export"
-HELP = "write a model as files that transformers, llama.cpp or llama2.c load"
+HELP = "write a model for transformers, llama.cpp or llama2.c"
 EXAMPLE = """
 entrenar export runs/mine --to gguf --out mine.gguf
 entrenar export runs/mine --best --to hf --out mine --dtype bfloat16

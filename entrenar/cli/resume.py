@@ -29,7 +29,7 @@ def changeable() -> set[str]:
     from entrenar.training import job
     from entrenar.training.config import options
 
-    return {option.full_name for option in options() if job._may_change(option.full_name)}
+    return {option.full_name for option in options() if job.may_change(option.full_name)}
 
 
 def run(args: argparse.Namespace) -> int:

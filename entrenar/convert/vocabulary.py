@@ -19,7 +19,7 @@ import numpy as np
 from entrenar.convert import ConvertError
 from entrenar.data import Tokenizer
 from entrenar.data.tokenizer_cuts import CL100K, GPT2, QWEN2
-from entrenar.formats.strict_json import read_object
+from entrenar.formats.strict_json import LIMIT, read_object
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's types of a token
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -62,7 +62,7 @@ def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     with tempfile.TemporaryDirectory(prefix="entrenar-") as name:
         folder = Path(name)
         tokenizer.save(folder)
-        values = read_object(folder / "tokenizer.json")
+        values = read_object(folder / "tokenizer.json", limit=LIMIT)
         settings = folder / "tokenizer_config.json"
         config = read_object(settings) if settings.is_file() else {}
         chat = _chat_template(folder / "chat_template.jinja", config)

@@ -17,6 +17,7 @@ long runs of spaces, rounding decides, here and in sentencepiece. What a tokeniz
 from __future__ import annotations
 
 import collections
+import functools
 import re
 import struct
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 FILE = "tokenizer.model"
-LIMIT = 16 * 1000**2  # bytes; LLaMA-2's has half a million, the largest in use four
-PIECES = 1 << 20
+LIMIT = 8 * 1000**2  # bytes; LLaMA-2's has half a million, Gemma's, the largest in use, 4.7
+PIECES = 300_000  # Gemma's has 262,144
 LONGEST = 128  # characters of a piece; sentencepiece's own limit is 16 unless it is told otherwise
 SPACE = "\u2581"  # stands for a space in pieces
 
@@ -73,6 +74,18 @@ class SentencePiece:
         """
         self._check()
         return _tokenizer(self)
+
+    @functools.cached_property
+    def merges(self) -> list[tuple[float, str, str]]:
+        """(score, left, right) of every way to make a piece of two others, the highest score first."""
+        scores = {piece.text: piece.score for piece in self.pieces if piece.type == NORMAL}
+        made = [
+            (score, text[:i], text[i:])
+            for text, score in scores.items()
+            for i in range(1, len(text))
+            if text[:i] in scores and text[i:] in scores
+        ]
+        return sorted(made, key=lambda merge: (-merge[0], len(merge[1])))
 
     def control_tokens(self) -> list[str]:
         """Pieces that no text can be: `<unk>`, `<s>`, `</s>` and the like."""
@@ -249,22 +262,10 @@ def _length(span: Any) -> int:
     return span[1] - span[0] if isinstance(span, tuple) else 0
 
 
-def _merges(model: SentencePiece) -> list[tuple[float, str, str]]:
-    """(score, left, right) of every way to make a piece of two others, the highest score first."""
-    scores = {piece.text: piece.score for piece in model.pieces if piece.type == NORMAL}
-    made = [
-        (score, text[:i], text[i:])
-        for text, score in scores.items()
-        for i in range(1, len(text))
-        if text[:i] in scores and text[i:] in scores
-    ]
-    return sorted(made, key=lambda merge: (-merge[0], len(merge[1])))
-
-
 def _ties(model: SentencePiece) -> list[str]:
     """sentencepiece merges the leftmost of two equal scores; a tokenizer.json cannot say so for different pieces."""
     seen: dict[float, str] = {}
-    for score, left, right in _merges(model):
+    for score, left, right in model.merges:
         if seen.setdefault(score, left + right) != left + right:
             return [f"the pieces {short(seen[score])} and {short(left + right)} have the same score, {score:g}, "
                     "so that neither merges before the other"]  # fmt: skip
@@ -277,7 +278,7 @@ def _tokenizer(model: SentencePiece) -> tokenizers.Tokenizer:
     ids = {piece.text: i for i, piece in enumerate(model.pieces)}
     unknown = model.pieces[model.unk_id].text
     if model.model_type == BPE:
-        merges = [(left, right) for _, left, right in _merges(model)]
+        merges = [(left, right) for _, left, right in model.merges]
         inner = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback))
     else:
         scores = [(piece.text, piece.score) for piece in model.pieces]

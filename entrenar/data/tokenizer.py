@@ -18,9 +18,6 @@ Bytes and byte-level BPE without a normalizer lose nothing: decode(encode(text))
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from entrenar.data import sentencepiece
-from entrenar.data.tokenizer_cuts import BYTE_LETTERS
+from entrenar.data.tokenizer_cuts import BYTE_LETTERS, LINE
 from entrenar.data.tokenizer_files import ENDS, FILE, GENERATION, SETTINGS, Companions, as_json
 from entrenar.data.tokenizer_protocol import (
     PIECE,
@@ -44,17 +41,17 @@ from entrenar.data.tokenizer_spelling import Spelling, SpellingDecoder, started
 from entrenar.data.tokenizer_subword import SubwordTokenizer, ends
 from entrenar.files import write_file
 from entrenar.formats import FormatError, open_regular
-from entrenar.formats.strict_json import LIMIT, parse
+from entrenar.formats.strict_json import parse
 
 if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["END", "FILE", "BPETokenizer", "ByteTokenizer", "SubwordTokenizer", "Tokenizer", "TokenizerError",
-           "fingerprint", "id_type", "load_tokenizer", "pieces_of", "train_bpe"]  # fmt: skip
+           "id_type", "load_tokenizer", "pieces_of", "train_bpe"]  # fmt: skip
 
 END = "<|endoftext|>"
 LEARN_FROM = 1 << 25  # characters, about: of a larger corpus the BPE is learned from every n-th piece
-_CUT = re.compile(r"(?<=\S)\n(?=\S)")  # a line break between two unindented lines
+LIMIT = 40 * 1000**2  # bytes of a tokenizer.json; Gemma's, the largest in use, has 33 million
 
 
 class ByteTokenizer:
@@ -154,17 +151,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"tokenizer: cannot read {error.filename or file}: {error.strerror}") from None
 
 
-def fingerprint(path: str | Path) -> str:
-    """A hash of every file that load_tokenizer reads: it changes when the tokenizer may."""
-    file = _file(Path(path))
-    digest = hashlib.blake2b(digest_size=16)
-    for name in (file.name, *Companions.READ):
-        with contextlib.suppress(OSError):
-            raw = (file.parent / name).read_bytes()
-            digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
-    return digest.hexdigest()
-
-
 def pieces_of(document: str) -> Iterator[str]:
     """The document in pieces of about PIECE characters, cut where no word of our own BPE can span the cut.
 
@@ -173,7 +159,7 @@ def pieces_of(document: str) -> Iterator[str]:
     """
     start = 0
     while len(document) - start > PIECE:
-        found = _CUT.search(document, start + PIECE)
+        found = LINE.search(document, start + PIECE)
         if found is None:
             break
         yield document[start : found.end()]

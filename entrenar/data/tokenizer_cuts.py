@@ -15,6 +15,7 @@ encoded by `without_prefix(inner)`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -30,21 +31,25 @@ Cut = Callable[[str, int], "int | None"]
 LINE = re.compile(r"(?<=\S)\n(?=\S)")  # a line break between two unindented lines
 SPACE = re.compile(r"(?<=\S)(?= )")
 
+SLASHES = re.compile(r"(?<=\S)\n(?=[^\s/])")  # the same, for words like "}\n//"
+
 # Regular expressions that split text into words, none of which runs on after `\S\n` into `\S`: the line break ends
-# `\s+`, `\s*[\r\n]+` or `[^\s\p{L}\p{N}]+[\r\n]*`, and nothing before it looks further ahead.
+# `\s+`, `\s*[\r\n]+` or `[^\s\p{L}\p{N}]+[\r\n]*`, and nothing before it looks further ahead. Only where slashes
+# belong to the last, `[\r\n/]*`, they go on.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K = (  # GPT-4's, and Llama 3's
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 QWEN2 = CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35 = QWEN2.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(r"| ?[^\s\p{L}\p{N}]+", r"| ?[^\s\p{L}\p{M}\p{N}]+")
 O200K = (  # GPT-4o's; Mistral's tekken takes one digit at a time and knows no 's
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TEKKEN = O200K.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace(r"\p{N}{1,3}", r"\p{N}")
-KNOWN = frozenset({GPT2, CL100K, QWEN2, O200K, TEKKEN})
+KNOWN = {GPT2: LINE, CL100K: LINE, QWEN2: LINE, QWEN35: LINE, O200K: SLASHES, TEKKEN: SLASHES}
 
 SPLITS_WORDS = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit"})  # they drop the space between
 SPLITS_FINER = frozenset({"Digits", "Punctuation"})  # by single characters, whatever stands beside them
@@ -64,8 +69,8 @@ def cut_rule(inner: tokenizers.Tokenizer) -> Cut:
         return _nowhere
     plain = not any(step["type"] in KEEPS_LINES for step in normal)
     words = [step for step in words if step["type"] not in SPLITS_FINER] or words
-    if _splits_words(words):
-        return _between_lines if plain else _between_stable_lines
+    if (line := _line_break(words)) is not None:
+        return functools.partial(_between_lines if plain else _between_stable_lines, line)
     if not plain or len(words) > 1:
         return _nowhere
     kind = words[0]["type"] if words else ""
@@ -128,16 +133,16 @@ def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
     return [one for part in parts for one in _flat(part)]
 
 
-def _splits_words(words: list[dict[str, Any]]) -> bool:
-    """Whether these steps, together, split after every line break between two unindented lines."""
+def _line_break(words: list[dict[str, Any]]) -> re.Pattern[str] | None:
+    """The line breaks after which these steps, together, always split; None where there are none."""
     match words:
         case [{"type": kind}] if kind in SPLITS_WORDS:
-            return True
+            return LINE
         case [{"type": "ByteLevel", "use_regex": True}]:
-            return True
+            return LINE
         case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}, *rest]:
-            return regex in KNOWN and rest in ([], [_BYTES_ONLY], [_BYTES_ONLY | {"trim_offsets": False}])
-    return False
+            return KNOWN.get(regex) if rest in ([], [_BYTES_ONLY], [_BYTES_ONLY | {"trim_offsets": False}]) else None
+    return None
 
 
 _BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -147,14 +152,14 @@ def _nowhere(text: str, at: int) -> int | None:
     return None
 
 
-def _between_lines(text: str, at: int) -> int | None:
-    found = LINE.search(text, max(0, at - 1))
+def _between_lines(line: re.Pattern[str], text: str, at: int) -> int | None:
+    found = line.search(text, max(0, at - 1))
     return found.end() if found else None
 
 
-def _between_stable_lines(text: str, at: int) -> int | None:
+def _between_stable_lines(line: re.Pattern[str], text: str, at: int) -> int | None:
     """As _between_lines, where no normalizer makes other characters of those around the line break."""
-    for found in LINE.finditer(text, max(0, at - 1)):
+    for found in line.finditer(text, max(0, at - 1)):
         around = text[found.start() - 1 : found.end() + 1]
         if unicodedata.is_normalized("NFKC", around) and unicodedata.is_normalized("NFKD", around):
             return found.end()

@@ -30,7 +30,7 @@ ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>")
 BEGINS = ("<s>", "<|begin_of_text|>")
 KEPT = (SETTINGS, "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
         "vocab.json", "merges.txt")  # fmt: skip
-LIMIT = 64 * 1000**2  # bytes of one file
+LIMIT = 40 * 1000**2  # bytes of one file
 
 
 @dataclass

@@ -60,8 +60,11 @@ class Work:
         self.made = [path for path in self.folder.parents if not path.exists()]
         self.finished = False
         self.lock = self._locked(say)
-        if self._text(_KEY) != key:
-            self.clear()
+        stale = self._text(_KEY) != key
+        for path in self.folder.iterdir():
+            if stale or path.name.startswith("."):  # hidden: what a killed write left behind
+                _remove(path)
+        if stale:
             write_file(self.folder / _KEY, key)
 
     def __enter__(self) -> Work:
@@ -78,12 +81,6 @@ class Work:
 
     def path(self, name: str) -> Path:
         return self.folder / name
-
-    def clear(self) -> None:
-        """Begin again."""
-        for path in self.folder.iterdir():
-            if path.name != _KEY:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def scan(self, files: int) -> Scan | None:
         """What an earlier preparation found in the same files."""
@@ -154,3 +151,10 @@ class Work:
             return self.path(name).read_text(encoding="utf-8")
         except (OSError, ValueError):
             return ""
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

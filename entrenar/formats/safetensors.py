@@ -28,7 +28,8 @@ import numpy as np
 
 from entrenar.formats import FormatError, open_regular, short, strict_json
 
-HEADER_LIMIT = 100 * 1000**2  # bytes; the library's own
+HEADER_LIMIT = 16 * 1000**2  # bytes, a sixth of the library's own limit: read, it may take ten times as much memory
+DIMENSIONS = 64  # NumPy's limit
 BLOCK = 1 << 18  # elements converted at a time: 1 MB of float32 stays in the cache
 METADATA = "__metadata__"
 
@@ -176,7 +177,7 @@ def numpy_dtype(word: str) -> np.dtype[Any]:
 
 def _read_header(file: BinaryIO, size: int, path: str) -> Header:
     raw = _header_text(file, size, path)
-    content = strict_json.parse(raw, f"{path}: header")
+    content = strict_json.parse(raw, f"{path}: header", values=strict_json.USUAL_VALUES)
     metadata = _metadata(content.pop(METADATA, {}), path)
     start = 8 + len(raw)
     entries = {name: _entry(name, value, start, size, path) for name, value in content.items()}
@@ -226,26 +227,27 @@ def _entry(name: str, value: Any, start: int, size: int, path: str) -> Entry:
         raise refuse(f"shape = {short(shape)}: wanted a list of whole numbers of at least 0")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise refuse(f"data_offsets = {short(offsets)}: wanted [begin, end], whole numbers of at least 0")
+    if len(shape) > DIMENSIONS:
+        raise refuse(f"has {len(shape):,} dimensions; at most {DIMENSIONS} are read")
     begin, end = offsets
     if not begin <= end <= size - start:
         raise refuse(f"data_offsets = {short(offsets)}: wanted begin <= end <= {size - start}, where the file ends")
     wanted = _product(shape, DTYPES[dtype][0])
+    if wanted is None:
+        raise refuse(f"shape = {short(shape)}: multiplies to more than any file can hold")
     if end - begin != wanted:
-        has = f"has {end - begin:,} bytes"
-        raise refuse(f"{has}; {dtype} of shape {short(shape)} has {'far more' if wanted is None else f'{wanted:,}'}")
+        raise refuse(f"has {end - begin:,} bytes; {dtype} of shape {short(shape)} has {wanted:,}")
     return Entry(name, dtype, tuple(shape), start + begin, start + end)
 
 
 def _product(shape: list[int], itemsize: int) -> int | None:
-    """Bytes of an array; None beyond 2^63, as C would overflow - and before a number with a million digits is made."""
+    """Bytes of an array; None where its sizes (but zeros) multiply to 2^63: C would overflow, and NumPy refuses."""
     total = itemsize
-    if 0 in shape:
-        return 0
     for n in shape:
-        total *= n
-        if total >= 1 << 63:
+        total *= n or 1
+        if total >= 1 << 63:  # and before a number with a million digits is made
             return None
-    return total
+    return 0 if 0 in shape else total
 
 
 def _check_filled(entries: Iterable[Entry], start: int, size: int, path: str) -> None:

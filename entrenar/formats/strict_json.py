@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 
 from entrenar.formats import FormatError, open_regular, short
 
-LIMIT = 64 * 1000**2  # bytes of a file; the largest tokenizer.json in use has some 35 MB
-VALUES = 3_000_000  # each takes some 70 bytes of memory: "[[],[],[],..." is otherwise worth 20 times its size
+LIMIT = 64 * 1000**2  # bytes of a tokenizer.json; the largest in use has some 35 MB
+VALUES = 3_000_000  # in one; each takes 70 to 250 bytes of memory: "[[],[],[],..." is worth 20 times its size
+USUAL_LIMIT, USUAL_VALUES = 16 * 1000**2, 400_000  # of any other file: it stays below 200 MB of memory
 DEPTH = 100  # objects and arrays inside each other; real files stay below 10
 DIGITS = 100  # of one integer; the state of a random generator has 39
 LOOKED_THROUGH = 4 * 1000**2  # characters of a text that are read again, at 4 MB a second, to say where
@@ -40,8 +41,8 @@ TOKEN = re.compile(
 )
 
 
-def read_json(path: str | Path, *, limit: int = LIMIT) -> Any:
-    """The value in a JSON file of at most `limit` bytes.
+def read_json(path: str | Path, *, limit: int = USUAL_LIMIT) -> Any:
+    """The value in a JSON file of at most `limit` bytes, and USUAL_VALUES values (VALUES from a limit of LIMIT on).
 
     Raises FormatError ("config.json line 3 column 7: ..."), OSError where the file is missing or cannot be read.
     """
@@ -52,10 +53,10 @@ def read_json(path: str | Path, *, limit: int = LIMIT) -> Any:
         raw = file.read(limit + 1)  # the file may have grown meanwhile
     if len(raw) > limit:
         raise FormatError(f"{path}: has more than the {limit:,} bytes a file like this has at most")
-    return parse(raw, str(path))
+    return parse(raw, str(path), values=USUAL_VALUES if limit < LIMIT else VALUES)
 
 
-def read_object(path: str | Path, *, limit: int = LIMIT) -> dict[str, Any]:
+def read_object(path: str | Path, *, limit: int = USUAL_LIMIT) -> dict[str, Any]:
     """Like `read_json`, for a file that must hold an object: `{"key": value, ...}`."""
     value = read_json(path, limit=limit)
     if not isinstance(value, dict):
@@ -63,14 +64,15 @@ def read_object(path: str | Path, *, limit: int = LIMIT) -> dict[str, Any]:
     return value
 
 
-def parse(text: str | bytes, where: str, *, first_line: int = 1) -> Any:
+def parse(text: str | bytes, where: str, *, first_line: int = 1, values: int = VALUES) -> Any:
     """The value of a JSON text.
 
     where        what the messages call it: the file's name
     first_line   the line of the file that the text begins on, for the messages: lines of JSONL are parsed one by one
+    values       how many values the text may have, about
     Raises FormatError.
     """
-    text = _decoded(text, where, first_line)
+    text = _decoded(text, where, first_line, values)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_word, parse_int=_int, parse_float=_float)
         half = _half_pair(text)
@@ -175,7 +177,7 @@ def _fault(text: str) -> tuple[int, str] | None:
     return None
 
 
-def _decoded(text: str | bytes, where: str, first_line: int) -> str:
+def _decoded(text: str | bytes, where: str, first_line: int, values: int) -> str:
     """The text; refused where it is no UTF-8, empty, or has too many values."""
     place = _line(where, first_line)
     try:
@@ -189,8 +191,8 @@ def _decoded(text: str | bytes, where: str, first_line: int) -> str:
         raise FormatError(f"{place}: begins with a byte order mark; save the file as UTF-8 without")
     if not text or text.isspace():
         raise FormatError(f"{place}: is empty, wanted JSON")
-    if text.count(",") + text.count("[") + text.count("{") >= VALUES:
-        raise FormatError(f"{place}: has more than {VALUES:,} values")
+    if text.count(",") + text.count("[") + text.count("{") >= values:
+        raise FormatError(f"{place}: has more than {values:,} values")
     return text
 
 

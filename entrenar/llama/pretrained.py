@@ -113,10 +113,10 @@ def _open_shards(folder: Path, opened: contextlib.ExitStack) -> dict[str, SafeTe
     if missing := [f"{name} is missing" for name in names if not (folder / name).is_file()]:
         raise _refusal(folder, f"of {len(names)} files of weights", missing)
     files = {name: opened.enter_context(SafeTensors(folder / name)) for name in names}
-    wrong = [f"{tensor} is not in {file}" for tensor, file in where.items() if tensor not in files[file]]
+    wrong = [f"{_shown(tensor)} is not in {file}" for tensor, file in where.items() if tensor not in files[file]]
     for name, file in files.items():
         extra = (tensor for tensor in file if where.get(tensor) != name and not COMPUTED.fullmatch(tensor))
-        wrong += [f"{name} has {tensor}, which the index puts in {where.get(tensor, 'no file')}" for tensor in extra]
+        wrong += [f"{name} has {_shown(tensor)}, which the index puts in {where.get(tensor, 'no file')}" for tensor in extra]
     if wrong:
         raise _refusal(folder / INDEX, "does not say what the files hold", wrong)
     return {tensor: files[file] for tensor, file in where.items()}
@@ -128,7 +128,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(where, dict) or not where:
         raise FormatError(f"{path}: weight_map = {short(where)}: wanted file names by tensor name")
     for tensor, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not isinstance(file, str) or Path(file).name != file or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
             raise FormatError(
                 f"{path}: weight_map puts {short(tensor)} in {short(file)}: wanted the plain name of a .safetensors "
                 "file beside it"
@@ -170,7 +170,7 @@ def _unexpected(entry: safetensors.Entry, config: LlamaConfig, files: Mapping[st
         if np.array_equal(files[HEAD][HEAD], files[EMBEDDING][EMBEDDING], equal_nan=True):
             return []
         return [f"{HEAD} is not {EMBEDDING}, though {CONFIG} ties them; set tie_word_embeddings to false"]
-    return [f"unexpected {entry.name} {entry.shape}"]
+    return [f"unexpected {_shown(entry.name)} {entry.shape}"]
 
 
 def _fill(own: Mapping[str, Tensor], files: Mapping[str, SafeTensors]) -> Iterator[str]:
@@ -197,6 +197,11 @@ def _copy(out: np.ndarray, values: np.ndarray) -> int:
         finite = np.isfinite(part)
         lost += 0 if finite.all() else int(part.size - np.count_nonzero(finite))
     return lost
+
+
+def _shown(name: str) -> str:
+    """A tensor's name as messages have it: an index may have any."""
+    return name if name.isprintable() and len(name) <= 100 else short(name)
 
 
 def _refusal(where: Path, what: str, wrong: list[str]) -> FormatError:

@@ -120,7 +120,10 @@ class PlainLines:
         pass
 
     def _write(self, line: str) -> None:
-        print(line, file=self.stream, flush=True)
+        try:
+            print(line, file=self.stream, flush=True)
+        except BrokenPipeError:  # the reader went away (`| head`): the run goes on, metrics.jsonl has everything
+            self.stream = open(os.devnull, "w")
 
 
 class LivePanel:

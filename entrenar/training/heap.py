@@ -47,6 +47,7 @@ class Heap:
         self.names: dict[int, str] = {}
         self.living: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
+        self.higher = False  # a new peak, not remembered yet
 
     def take(self, name: str, *shape: int) -> Array:
         """A float32 array of this shape."""
@@ -63,11 +64,12 @@ class Heap:
         self.most = max(self.most, self.now)
         if self.reach + self.mapped > self.peak:
             self.peak = self.reach + self.mapped
-            self.at_peak = self.living.copy()
+            self.higher = True
         return array
 
     def drop(self, *arrays: Array | None) -> None:
         """Nothing refers to these any longer."""
+        self._remember()
         for array in arrays:
             if array is None:
                 continue
@@ -80,10 +82,16 @@ class Heap:
 
     def rename(self, array: Array, name: str) -> Array:
         """It lives on as something else."""
+        self._remember()
         self.living[self.names[array.number]] -= array.size
         self.living[name] += array.size
         self.names[array.number] = name
         return array
+
+    def _remember(self) -> None:
+        """What lives at a new peak, before any of it goes: arrays often come in rows, each a new peak."""
+        if self.higher:
+            self.at_peak, self.higher = self.living.copy(), False
 
     def _place(self, size: int) -> int:
         at = bisect_left(self.gaps, (size, -1))

@@ -308,7 +308,7 @@ def must_fit(config: Config, shape: LlamaConfig | None, data: Prepared | None, d
 def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     """The run's configuration with what may be changed on the way. Raises ConfigError, naming every problem."""
     known: dict[str, Option] = {option.full_name: option for option in options()}
-    fixed = [name for name, _ in overrides if name in known and not _may_change(name)]
+    fixed = [name for name, _ in overrides if name in known and not may_change(name)]
     if fixed:
         raise ConfigError(
             f"{', '.join(fixed)}: cannot change while a run goes on: it would be another run; what can: lr_schedule.*, "
@@ -321,7 +321,8 @@ def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     return config
 
 
-def _may_change(name: str) -> bool:
+def may_change(name: str) -> bool:
+    """Whether a run that goes on may be given another value of the option `section.key`."""
     return name in CHANGEABLE or name.partition(".")[0] in CHANGEABLE or name.startswith(CHANGEABLE_BEGINNINGS)
 
 

@@ -13,6 +13,7 @@ The whole is compared with the peak of real runs by tests/test_plan.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import mmap
@@ -23,16 +24,15 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from entrenar import kernels, optim, random
 from entrenar.data import ByteTokenizer, Prepared, load_tokenizer
-from entrenar.formats.strict_json import read_json
 from entrenar.kernels.memory import LARGEST
 from entrenar.llama import Llama, LlamaConfig, generate
+from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training import machine
 from entrenar.training.curve import Curve
 from entrenar.training.curve import render as draw
@@ -125,11 +125,12 @@ class Plan:
         )
 
     def warning(self) -> str:
-        """Of a run that fits, but not beside what other programs hold now; empty where there is nothing to say."""
-        if not self.fits or self.needed <= self.available:
+        """Of a run that fits, but perhaps not beside what other programs hold now; empty where all is well."""
+        if not self.fits or max(self.needed, self.preparing) <= self.available:
             return ""
+        what = "this run will need" if self.needed > self.available else f"{PREPARING} may need"
         return (
-            f"this run will need {size(self.needed)} of memory, and {size(self.available)} are free now: "
+            f"{what} {size(max(self.needed, self.preparing))} of memory, and {size(self.available)} are free now: "
             "end other programs, or it may be slowed down by swapping, or killed"
         )
 
@@ -147,7 +148,8 @@ def make_plan(config: Config, *, shape: LlamaConfig | None = None, data: Prepare
 
     shape   the model's; none: by the configuration, with the vocabulary its tokenizer will have
     data    what will be trained on, prepared already; none: the text is still to be prepared, and its size unknown
-    Raises ConfigError for a shape that cannot be, TokenizerError for a tokenizer that cannot be read.
+    Raises ConfigError for a shape that cannot be, TokenizerError for a tokenizer that cannot be read, FormatError for
+    a model to start from that cannot be read.
     """
     shape = shape or expected_shape(config)
     program = measured_program()
@@ -204,8 +206,8 @@ def predicted(config: Config, shape: LlamaConfig) -> Arrays:
     def extended(high: int, low: int) -> int:
         return high + times * max(0, high - low) // by
 
-    parts = {name: extended(count, fewer.parts[name]) for name, count in more.parts.items()}
-    return Arrays(extended(more.bytes, fewer.bytes), Counter(parts))
+    parts = Counter({name: extended(count, fewer.parts[name]) for name, count in more.parts.items()})
+    return Arrays(max(extended(more.bytes, fewer.bytes), parts.total()), parts)
 
 
 def _rehearsed(config: Config, shape: LlamaConfig) -> Arrays:
@@ -266,8 +268,7 @@ def buffers_of(arrays: Arrays, config: Config, shape: LlamaConfig) -> list[Buffe
 def expected_shape(config: Config) -> LlamaConfig:
     """The model's shape before there is a tokenizer; of a BPE the most tokens it may have."""
     if config.training.start_from:
-        folder = Path(os.path.expanduser(config.training.start_from))
-        return LlamaConfig.from_dict(read_json(folder / "config.json"), where=str(folder / "config.json"))
+        return read_shape(os.path.expanduser(config.training.start_from))
     return config.llama(config.model["vocab_size"] or _expected_vocabulary(config))
 
 
@@ -299,7 +300,7 @@ def _go_through_the_code() -> None:
             model.loss(ids, ids).backward()
             optimizer.step(grad_scale=optim.clip_scale(optim.global_norm(model.parameters()), 1.0))
         list(generate(model, [1], max_new_tokens=2, top_p=0.9))
-        with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:  # no room: nothing to go through
             model.save_pretrained(folder)
     finally:
         random.set_state(before)

@@ -28,7 +28,7 @@ from hostile.case import (
 )
 
 from entrenar.formats import FormatError
-from entrenar.formats.safetensors import SafeTensors, read_header
+from entrenar.formats.safetensors import SafeTensors
 
 NAME = "model.safetensors"
 TENSORS: dict[str, Any] = {
@@ -46,9 +46,7 @@ def errors() -> tuple[type[BaseException], ...]:
 
 def digest_of(path: Path) -> str:
     digest = hashlib.sha256()
-    header = read_header(path)
     with SafeTensors(path) as file:
-        assert file.entries == header.entries
         for name, array in file.items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
@@ -122,7 +120,7 @@ def shapes() -> Iterator[Case]:
                 [], [6, 1, 0], [2**40] * 1000, [10**90] * 3, [2, 3, 2**64], [[2, 3]], {"0": 6}, *WORDS)  # fmt: skip
     for what, value in others(0, *products):
         yield case(f"a = {what}", replaced(TENSORS, ("a", "shape"), value))
-    for count in (65, 10_000, 1_000_000):
+    for count in (65, 10_000, 300_000):
         yield case(f"{count:,} dimensions", replaced(TENSORS, ("a", "shape"), [2, 3] + [1] * count), says="dimensions")
     empty = {"dtype": "F32", "data_offsets": [32, 32]}
     for shape in ([0, 2**62], [2**62, 0], [2**40, 2**40, 0], [0] * 64, [0]):
@@ -179,9 +177,10 @@ def _with_header(raw: bytes | Callable[[], bytes]) -> bytes:
 
 def big_headers() -> Iterator[Case]:
     entry = '"{}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
-    for count in (50_000, 200_000, 1_000_000):
+    for count in (40_000, 200_000, 1_000_000):
         header = partial(lambda count: ("{" + ",".join(map(entry.format, range(count))) + "}").encode(), count)
         yield case(f"{count:,} tensors", header, b"", may_load=True)
+    yield case("keys that take four bytes a character", _wide_keys, b"")
     yield case("95 MB of spaces", lambda: b"{}" + b" " * 95_000_000, b"", may_load=True)
     yield case("95 MB of NULs", lambda: b"{" + bytes(95_000_000), b"")
     yield case("95 MB of a text", lambda: b'{"__metadata__":{"a":"' + b"x" * 95_000_000 + b'"}}', b"", may_load=True)
@@ -189,6 +188,10 @@ def big_headers() -> Iterator[Case]:
     yield case("95 MB of text in four bytes", lambda: b'{"__metadata__":{"a":"' + "🙂".encode() * 23_000_000, b"")
     for size, length in ((1 << 40, 0), (1 << 40, 90_000_000), (1 << 40, 1 << 39), (1 << 34, (1 << 34) - 8)):
         yield Case(f"{length:,} of {size:,} bytes, which are not there", partial(sparse, size, length), digest_of)
+
+
+def _wide_keys() -> bytes:
+    return ("{" + ",".join(f'"{i:x}{"x" * 30}":0' for i in range(380_000)) + ',"🙂":0}').encode()
 
 
 def sparse(size: int, length: int, folder: Path) -> Path:
