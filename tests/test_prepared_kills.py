@@ -140,6 +140,7 @@ def test_a_damaged_unfinished_preparation_begins_again(tmp_path, small, monkeypa
         prepare(str(tmp_path / "a.txt"), **options)
     (partial,) = (tmp_path / "cache").iterdir()
     path = partial / name / "tokenizer.json" if name == "tokenizer" else partial / name
+    (partial / ".journal.json.123").write_text("what a killed write left behind")
     if damage == "gone":
         path.unlink()
     else:

@@ -423,13 +423,39 @@ def test_a_reader_that_goes_away_does_not_end_the_run(wanted, capsys):
 # Budgets
 
 
-def test_a_budget_chooses_the_steps(capsys):
-    start = time.perf_counter()
-    assert train("run", training__budget="4s", training__eval_every=0) == 0
-    seconds = time.perf_counter() - start
-    end = events("run", "end")[0]
-    assert end["step"] > 12 and events("run", "plan")[0]["steps"] > 12
-    assert 2 < seconds < 6, "in its neighbourhood: a busy machine may delay the end"
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock on which a step takes 20 ms, half as long again after the 60th, and everything else next to nothing."""
+    from entrenar.training import trainer
+
+    now, real = [0.0], trainer.accumulate_gradients
+
+    def slow(model, batches):
+        now[0] += 0.02 if events_so_far() < 60 else 0.03
+        return real(model, batches)
+
+    def events_so_far():
+        return len(events("run", "step")) if Path("run/metrics.jsonl").exists() else 0
+
+    def read():
+        now[0] += 1e-5
+        return now[0]
+
+    monkeypatch.setattr(trainer, "accumulate_gradients", slow)
+    monkeypatch.setattr("time.perf_counter", read)
+    return now
+
+
+@pytest.mark.parametrize("eval_every", [0, 10])
+def test_a_run_with_a_budget_ends_on_time_even_where_the_machine_slows_down(capsys, clock, eval_every):
+    assert train("run", training__budget="4s", training__eval_every=eval_every, checkpointing__every=0) == 0
+    (end,) = events("run", "end")
+    plans = [e["steps"] for e in events("run", "plan")]
+    assert 190 <= plans[0] <= 200 and plans[-1] < 0.85 * plans[0], "planned, and planned again"
+    assert end["step"] == plans[-1]
+    assert 3.6 < end["seconds"] <= 4.0
+    rates = [e["learning_rate"] for e in events("run", "step")]
+    assert rates[-1] < 0.2 * max(rates), "the schedule ended where the run did"
 
 
 def test_rehearsing_for_a_budget_changes_no_bit(capsys, monkeypatch, wanted):

@@ -173,6 +173,9 @@ REFUSED = {
     "shape of truth values": ({"w": tensor(shape=(True, 2))}, DATA, "shape = [True, 2]: wanted"),
     "shape overflows": ({"w": tensor(shape=(2**62, 2**62, 2))}, DATA, "multiplies to more than any file can hold"),
     "shape wraps round to fit": ({"w": tensor(shape=(2**62 + 2,))}, DATA, "multiplies to more than any file can hold"),
+    "empty, and overflows": ({"w": tensor(), "v": tensor(shape=(0, 2**62, 2**62), offsets=(8, 8))}, DATA,
+                             "multiplies to more than any file can hold"),
+    "dimensions": ({"w": tensor(shape=(2,) + (1,) * 64)}, DATA, "has 65 dimensions; at most 64 are read"),
     "shape too big": ({"w": tensor(shape=(3,))}, DATA, "has 8 bytes; F32 of shape [3] has 12"),
     "shape too small": ({"w": tensor(shape=(1,))}, DATA, "has 8 bytes; F32 of shape [1] has 4"),
     "shape no list": ({"w": tensor() | {"shape": 2}}, DATA, "shape = 2: wanted a list"),
@@ -215,7 +218,7 @@ def test_a_malformed_header_is_refused_by_name(tmp_path, header, data, message):
 
 
 def test_the_control_of_these_cases_is_read(tmp_path):
-    path = lie(tmp_path / "a", {"v": tensor(shape=(0, 2**62, 2**62), offsets=(8, 8)), "w": tensor()}, DATA)
+    path = lie(tmp_path / "a", {"v": tensor(shape=(0, 5), offsets=(8, 8)), "w": tensor()}, DATA)
     assert read_header(path).entries.keys() == {"v", "w"}
     assert read_header(lie(tmp_path / "b", {})).entries == {}
 

@@ -293,7 +293,11 @@ def make_console(stream: TextIO | None = None) -> Console:
     """For the words around a run: bold and colour on terminals alone."""
     from rich.console import Console
 
-    return Console(file=stream, highlight=False, soft_wrap=True)
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError itself, where rich would end the program
+
+    return Plain(file=stream, highlight=False, soft_wrap=True)
 
 
 def _plain(text: str) -> str:
