@@ -23,9 +23,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         mask = _umask()
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~mask)  # safetensors and mkdtemp make files and folders for their owner alone
-            sync(file)
+        for path in temporary.rglob("*"):  # mkdtemp makes folders for their owner alone
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            sync(path)
         sync(temporary)
         temporary.chmod(0o777 & ~mask)
         try:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from entrenar.data import CorpusError, find_sources, read_documents
 from entrenar.data import corpus as corpus_module
-from entrenar.data import documents as documents_module
 from entrenar.data import pieces as pieces_module
+from entrenar.data import rows as rows_module
 from entrenar.data import scan as scan_module
+from entrenar.data import streams as streams_module
 from entrenar.data.corpus import is_held_out, source_file
 from entrenar.data.documents import Row, Unusable, rows, text_slabs
 from entrenar.data.pieces import Position, cut_pieces, pieces, sample
@@ -263,7 +264,7 @@ def test_text_is_decoded_across_blocks_of_any_size(tmp_path_factory, text, block
     raw = text.replace("\0", "").encode()
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents_module, "BLOCK", block)
+        patch.setattr(streams_module, "BLOCK", block)
         assert "".join(text_slabs(source_file("a.txt", path))).encode() == raw
         packed = path.with_name("a.txt.gz")
         packed.write_bytes(gzip.compress(raw))
@@ -272,7 +273,7 @@ def test_text_is_decoded_across_blocks_of_any_size(tmp_path_factory, text, block
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_rows_can_be_read_on_from_any_of_them(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(documents_module, "PARQUET_BATCH", 3)
+    monkeypatch.setattr(rows_module, "PARQUET_BATCH", 3)
     texts = [f"row {i} é" for i in range(40)]
     raw = jsonl(*texts).encode()
     pack = {"gz": gzip.compress, "zst": zstd.compress}.get(name.rpartition(".")[2], bytes)
@@ -325,7 +326,7 @@ def test_a_text_that_cannot_be_used_is_named_with_its_fault(tmp_path, content, m
 
 
 def test_the_place_of_a_bad_byte_is_right_far_into_a_packed_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents_module, "BLOCK", 100)
+    monkeypatch.setattr(streams_module, "BLOCK", 100)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(LINES.encode() + b"caf\xe9"))
     with pytest.raises(CorpusError, match=f"line 201, byte {len(LINES) + 3:,} is 0xe9"):
         corpus(tmp_path / "a.txt.gz")
@@ -373,8 +374,8 @@ def test_a_row_that_cannot_be_used_is_named_with_file_line_byte_and_fault(tmp_pa
 
 
 def test_an_overlong_row_is_never_read_whole_and_the_next_one_is_fine(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents_module, "LONGEST_ROW", 1000)
-    monkeypatch.setattr(documents_module, "BLOCK", 64)
+    monkeypatch.setattr(rows_module, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(streams_module, "BLOCK", 64)
     (tmp_path / "a.jsonl").write_text(jsonl("x" * 5000, "fine"))
     bad, fine = rows(source_file("a.jsonl", tmp_path / "a.jsonl"))
     assert "line 1 has 5,013 bytes, the longest row may have 1,000" in str(bad)
@@ -478,7 +479,7 @@ def test_pieces_are_the_text_and_none_is_too_long_or_cut_in_the_wrong_place(text
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
 def test_reading_goes_on_from_the_end_of_any_piece(tmp_path, name, monkeypatch):
     monkeypatch.setattr(pieces_module, "PIECE", 50)
-    monkeypatch.setattr(documents_module, "BLOCK", 333)
+    monkeypatch.setattr(streams_module, "BLOCK", 333)
     pack = {"gz": gzip.compress, "zst": zstd.compress}.get(name.rpartition(".")[2], bytes)
     (tmp_path / name).write_bytes(pack(LINES.replace("fox", "füchse").encode()))
     (tmp_path / "b.jsonl").write_text(jsonl("a row", LINES, "b row"))

@@ -323,11 +323,18 @@ def test_the_shipped_configurations_fit_a_machine_of_4_GB_and_7b_does_not(monkey
 
 
 def test_a_run_that_fits_but_not_beside_others_is_warned_of(monkeypatch):
-    monkeypatch.setattr(machine, "memory_available", lambda: 300_000_000)
-    p = make_plan(config("15m"))
+    def with_free(megabytes, name):
+        free = plan.measured_program() + megabytes * 10**6
+        monkeypatch.setattr(machine, "memory_available", lambda: free)
+        return make_plan(config(name)), size(free)
+
+    p, free = with_free(350, "15m")
     assert p.fits and p.advice
-    assert "300 MB are free now" in p.warning()
-    assert make_plan(config()).warning() == ""
+    assert p.warning().startswith("this run will need ") and f"{free} are free now" in p.warning()
+    p, free = with_free(150, "tiny")
+    assert p.fits and p.warning().startswith("preparing the text may need ")
+    p, free = with_free(350, "tiny")
+    assert p.fits and not p.advice and p.warning() == ""
 
 
 def test_pages_of_the_token_file_do_not_have_to_fit(tmp_path):

@@ -388,7 +388,7 @@ def test_progress_is_told_in_bytes_and_not_too_often(tmp_path, monkeypatch):
     size = (tmp_path / "a.txt").stat().st_size
     said = Said()
     clock = [0.0]
-    monkeypatch.setattr("entrenar.data.documents.BLOCK", 10_000)
+    monkeypatch.setattr("entrenar.data.streams.BLOCK", 10_000)
     monkeypatch.setattr("entrenar.data.scan.time.monotonic", lambda: clock.__setitem__(0, clock[0] + 0.1) or clock[0])
     prepare(str(tmp_path / "a.txt"), tokenizer="bytes", cache="off", say=said)
     encoding = [(done, total) for text, done, total in said if text == "encoding"]

@@ -18,7 +18,7 @@ from conftest import SAME_PACKAGE
 from entrenar.data import CorpusError, find_sources, prepare
 from entrenar.data import encoding as encoding_module
 from entrenar.data import pieces as pieces_module
-from entrenar.data import prepared as prepared_module
+from entrenar.data import preparing as preparing_module
 from entrenar.data.tokenfile import TokenWriter
 from entrenar.data.work import Work
 
@@ -149,14 +149,14 @@ def test_a_damaged_unfinished_preparation_begins_again(tmp_path, small, monkeypa
 
 
 def test_a_source_that_grows_meanwhile_is_refused(folder, tmp_path, monkeypatch):
-    original = prepared_module.scan
+    original = preparing_module.scan
 
     def scan_then_grow(sources, **options):
         found = original(sources, **options)
         (folder / "00.txt").write_text("document 0\nanother\n")
         return found
 
-    monkeypatch.setattr(prepared_module, "scan", scan_then_grow)
+    monkeypatch.setattr(preparing_module, "scan", scan_then_grow)
     with pytest.raises(CorpusError, match="changed while it was being prepared"):
         prepare(str(folder), tokenizer="bytes", cache=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
@@ -173,9 +173,9 @@ def test_a_second_run_waits_for_the_first_and_takes_what_it_made(folder, tmp_pat
         while not said and time.monotonic() < deadline:
             time.sleep(0.01)
         assert said.texts() == ["another run is preparing this text: waiting for it"] and not made
-        job = prepared_module._Job(find_sources(str(folder)), find_sources(str(folder)).fingerprint(), key, "bytes",
+        job = preparing_module._Job(find_sources(str(folder)), find_sources(str(folder)).fingerprint(), key, "bytes",
                                    2048, 0.05, False, lambda *words: None)  # fmt: skip
-        prepared_module._fill(work, job)
+        preparing_module._fill(work, job)
         work.finish()
     thread.join(10)
     assert made[0].cached and [path.name for path in (tmp_path / "cache").iterdir()] == [key]
@@ -227,7 +227,9 @@ def test_killed_at_random_moments_a_preparation_ends_the_same(tmp_path, kills):
     for attempt in range(kills):
         done += killed_until_done(tmp_path / "a.jsonl", tmp_path / "killed" / str(attempt), kills - done, longest, rng)
         (one,), (other,) = (tmp_path / "whole").iterdir(), (tmp_path / "killed" / str(attempt)).iterdir()
-        assert one.name == other.name and contents(one) == contents(other)
+        left = {"key", "scan.json", "journal.json", "held_out.head"}  # by a kill right after the end
+        found = {name: content for name, content in contents(other).items() if name not in left}
+        assert one.name == other.name and found == contents(one)
         if done >= kills:
             return
 

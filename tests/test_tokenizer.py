@@ -87,6 +87,25 @@ def test_text_that_spells_a_special_token_stays_text(every, name, text):
         assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
 
 
+def test_what_spells_a_special_token_gets_the_tokens_of_any_other_text():
+    from tokenizers import Tokenizer
+
+    tokenizer = train_bpe(["f <| g |> h\n" * 50], vocab_size=300)
+    plain = Tokenizer.from_str(json.dumps(json.loads(tokenizer.inner.to_str()) | {"added_tokens": []}))
+    ids = tokenizer.encode(f"x {END}").tolist()
+    assert ids == plain.encode(f"x {END}").ids
+    assert plain.token_to_id("Ġ<|") in ids
+
+
+def test_a_unigram_model_does_not_take_the_names_of_its_tokens_for_them(every):
+    """Its vocabulary is searched for anything a text may hold, `<0x0A>` and `<unk>` too."""
+    tokenizer = every["unigram"]
+    for text in ("a <0x0A> b", "<unk>", "a</s>", "<0x0A<0x0A>>"):
+        ids = tokenizer.encode(text).tolist()
+        assert tokenizer.decode(ids) == text
+        assert not {0, 1, tokenizer.inner.token_to_id("<0x0A>")} & set(ids)
+
+
 def test_the_first_space_of_llama2_is_added_and_taken_away(every):
     tokenizer = every["llama2"]
     ids = tokenizer.encode("the end")

@@ -3,7 +3,8 @@
 from entrenar.data.batches import IGNORE, Batches, batched, evaluation_windows
 from entrenar.data.corpus import CorpusError, find_sources
 from entrenar.data.documents import read_documents
-from entrenar.data.prepared import Facts, Prepared, bits_per_byte, load_prepared, prepare
+from entrenar.data.prepared import Facts, Prepared, bits_per_byte, load_prepared
+from entrenar.data.preparing import prepare
 from entrenar.data.tokenizer import (
     END,
     BPETokenizer,

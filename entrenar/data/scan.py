@@ -95,8 +95,10 @@ class _Faults:
         if self.count == 1:
             self.first, self.deadline = str(bad), time.monotonic() + self.patience
 
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def must_not_be_late(self) -> None:
+        """Raises CorpusError when enough time has gone into counting what is bad."""
+        if time.monotonic() > self.deadline:
+            raise self.error(whole=False)
 
     def error(self, *, whole: bool) -> CorpusError:
         more, text = self.count - 1, self.first
@@ -116,42 +118,52 @@ def scan(sources: Sources, *, held_out: float, skip_bad: bool, progress: Progres
     """
     found, sides = Scan(), _Sides(held_out)
     faults = _Faults(patience=math.inf if skip_bad else PATIENCE)
-    alone = len(sources.files) == 1
     for number, file in enumerate(sources.files):
-        if faults.late():
-            raise faults.error(whole=False)
-        found.chars.append(-1)
+        faults.must_not_be_late()
         moved = progress.moved(number)
         if file.kind == "text":
-            try:
-                chars, blank = _measured(file, moved)
-            except Unusable as bad:
-                # a folder may hold pictures; the standard library declares other encodings, and is not the user's
-                expected = bad.kind == "binary" and not alone or sources.source == STDLIB and bad.kind == "encoding"
-                if not expected:
-                    faults.add(number, bad)
-                found.skip(file.name)
-                continue
-            if not blank:
-                found.chars[-1] = chars
-                sides.add(file.name, chars)
-            continue
-        for row in rows(file, moved=moved):
-            if isinstance(row, Unusable):
-                faults.add(number, row)
-                found.skip(row.place)
-                if faults.late():
-                    raise faults.error(whole=False)
-            elif not is_blank(row.text):
-                sides.add(row.text, len(row.text))
+            found.chars.append(_scan_text(sources, number, found, faults, moved))
+            if found.chars[-1] > 0:
+                sides.add(file.name, found.chars[-1])
+        else:
+            found.chars.append(-1)
+            _scan_rows(file, number, found, faults, sides, moved)
     if faults.count and not skip_bad:
         raise faults.error(whole=True)
     _must_hold_text(sources, found, sides)
-    found.tails = alone and sources.files[0].kind == "text" or not all(sides.documents)
+    alone = len(sources.files) == 1 and sources.files[0].kind == "text"
+    found.tails = alone or not all(sides.documents)
     found.train_chars = sides.chars[False]
     if found.tails:
         _cut_tails(sources, found, sides, held_out)
     return found
+
+
+def _scan_text(sources: Sources, number: int, found: Scan, faults: _Faults, moved: Callable[[int], None]) -> int:
+    """Characters of one text file; -1 where it is left out: blank, or unusable."""
+    file = sources.files[number]
+    try:
+        chars, blank = _measured(file, moved)
+        return -1 if blank else chars
+    except Unusable as bad:
+        # a folder may hold pictures; the standard library declares other encodings, and is not the user's
+        harmless = {"binary"} if len(sources.files) > 1 else set()
+        harmless |= {"encoding"} if sources.source == STDLIB else set()
+        if bad.kind not in harmless:
+            faults.add(number, bad)
+        found.skip(file.name)
+        return -1
+
+
+def _scan_rows(file: SourceFile, number: int, found: Scan, faults: _Faults, sides: _Sides,
+               moved: Callable[[int], None]) -> None:  # fmt: skip
+    for row in rows(file, moved=moved):
+        if isinstance(row, Unusable):
+            faults.add(number, row)
+            faults.must_not_be_late()
+            found.skip(row.place)
+        elif not is_blank(row.text):
+            sides.add(row.text, len(row.text))
 
 
 def is_blank(text: str) -> bool:

@@ -31,12 +31,22 @@ class Decoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
+    """What the rest of the project asks of a tokenizer.
 
-    kind: str  # "bytes", "bpe" (byte-level), "sentencepiece", "unigram", "wordpiece", "wordlevel"
-    vocab_size: int  # every id is below it
-    end_id: int  # the token that ends a document
-    begin_id: int | None  # the token a text begins with, None where it begins with none
+    kind         "bytes", "bpe" (byte-level), "sentencepiece", "unigram", "wordpiece" or "wordlevel"
+    vocab_size   every id is below it
+    end_id       the token that ends a document
+    begin_id     the token a text begins with, None where it begins with none
+
+    cut(text, at) is a place, at <= place < len(text), where a text may be cut: the tokens of both parts, joined, are
+    those of the whole, if encode_batch is told that the second one is `continued`. It stays one when more text
+    follows. None: there is no such place in this text.
+    """
+
+    kind: str
+    vocab_size: int
+    end_id: int
+    begin_id: int | None
 
     def encode(self, text: str | bytes) -> np.ndarray: ...
     def encode_batch(self, texts: Sequence[str], *, continued: Sequence[bool] | None = None) -> list[np.ndarray]: ...

@@ -60,12 +60,11 @@ class Work:
         self.made = [path for path in self.folder.parents if not path.exists()]
         self.finished = False
         self.lock = self._locked(say)
-        stale = self._text(_KEY) != key
-        for path in self.folder.iterdir():
-            if stale or path.name.startswith("."):  # hidden: what a killed write left behind
-                _remove(path)
-        if stale:
-            write_file(self.folder / _KEY, key)
+        try:
+            self._make_ready(key)
+        except OSError:
+            os.close(self.lock)
+            raise
 
     def __enter__(self) -> Work:
         return self
@@ -107,8 +106,6 @@ class Work:
 
     def finish(self) -> None:
         """Become the target: on the disk, whole, in one move. An old one in its place goes."""
-        for name in (_KEY, _SCAN, _JOURNAL, HEAD):
-            self.path(name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             sync(path)
         sync(self.folder)
@@ -116,6 +113,16 @@ class Work:
         os.rename(self.folder, self.target)
         self.finished = True
         sync(self.target.parent)
+        for name in (_KEY, _SCAN, _JOURNAL, HEAD):  # after the move: until then a killed run needs them
+            (self.target / name).unlink(missing_ok=True)
+
+    def _make_ready(self, key: str) -> None:
+        stale = self._text(_KEY) != key
+        for path in self.folder.iterdir():
+            if stale or path.name.startswith("."):  # hidden: what a killed write left behind
+                _remove(path)
+        if stale:
+            write_file(self.folder / _KEY, key)
 
     def _locked(self, say: Callable[..., None]) -> int:
         while True:

@@ -144,7 +144,9 @@ class Data:
         "source of Python's own library on this machine",
     )
     held_out: float = option(0.05, "share of the text never trained on", above=0, below=1)
-    tokenizer: str = option("bpe", "'bpe' (trained on this text), 'bytes', or a folder with a tokenizer.json")
+    tokenizer: str = option(
+        "bpe", "'bpe' (trained on this text), 'bytes', or a folder with a tokenizer.json or tokenizer.model"
+    )
     vocab_size: int = option(2048, "tokens of the BPE, with the 256 bytes and the end of a text", low=257)
     skip_bad: bool = option(False, "leave out files and rows that cannot be read, instead of an error")
     cache: str = option(

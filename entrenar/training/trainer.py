@@ -213,7 +213,8 @@ class Trainer:
             rng=np.random.default_rng(t.seed),
             stop=(tokenizer.end_id,),
         )
-        text = tokenizer.decode(token for token in written if token != tokenizer.end_id)
+        decoder = tokenizer.decoder(after=ids)
+        text = "".join(decoder.push(token) for token in written if token != tokenizer.end_id) + decoder.end()
         self.log("sample", step=self.step, prompt=prompt, text=text)
         return prompt + text
 
