@@ -23,9 +23,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         mask = _umask()
-        for path in temporary.rglob("*"):  # mkdtemp makes folders for their owner alone
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-            sync(path)
+        for part in temporary.rglob("*"):  # mkdtemp makes folders for their owner alone
+            part.chmod((0o777 if part.is_dir() else 0o666) & ~mask)
+            sync(part)
         sync(temporary)
         temporary.chmod(0o777 & ~mask)
         try:

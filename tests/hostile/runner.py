@@ -18,7 +18,8 @@ from typing import IO, Any
 
 import entrenar
 
-PATIENCE = 20.0  # seconds without a word; the worker itself ends a case after five, unless it is stuck outside Python
+HANG = 5.0  # seconds by the clock, after which the worker ends a case: longer than one may take on a busy machine
+PATIENCE = 20.0  # seconds without a word, after which it is stuck outside Python, and ended itself
 DEATHS = 20  # then the rest is not tried
 
 TESTS = Path(__file__).parent.parent
@@ -35,11 +36,11 @@ class Result:
     outcome: dict[str, Any] | None = None
 
 
-def run(module: str, most: int = 0, *, patience: float = PATIENCE) -> list[Result]:
+def run(module: str, most: int = 0, *, patience: float = PATIENCE, hang: float = HANG) -> list[Result]:
     """The results of `hostile.<module>`'s cases: all of them, or `most` of each family."""
     results: list[Result] = []
     for _ in range(DEATHS):
-        done, death = _run_from(len(results), module, most, patience)
+        done, death = _run_from([module, most, len(results), hang], patience)
         results += done
         if death is None:
             return results
@@ -47,18 +48,18 @@ def run(module: str, most: int = 0, *, patience: float = PATIENCE) -> list[Resul
     return [*results, Result("", "", f"the process died {DEATHS} times; the cases that follow were not tried")]
 
 
-def _run_from(first: int, module: str, most: int, patience: float) -> tuple[list[Result], Result | None]:
-    """The results from case `first` on, and the case that ended the process."""
+def _run_from(task: list[Any], patience: float) -> tuple[list[Result], Result | None]:
+    """The results of a worker's task, and the case that ended it, if one did."""
     results: list[Result] = []
     family, name = "", ""
-    with tempfile.TemporaryFile() as errors, _worker(first, module, most, errors) as (process, lines):
+    with tempfile.TemporaryFile() as errors, _worker(task, errors) as (process, lines):
         while True:
             try:
                 line = lines.get(timeout=patience)
             except queue.Empty:
                 return results, Result(family, name, f"did not end within {patience:g} s")
             if not line and not name:  # no case's fault
-                raise RuntimeError(f"hostile.{module}: {_death(process, errors)}")
+                raise RuntimeError(f"hostile.{task[0]}: {_death(process, errors)}")
             if not line:
                 return results, Result(family, name, _death(process, errors))
             facts = json.loads(line)
@@ -71,9 +72,9 @@ def _run_from(first: int, module: str, most: int, patience: float) -> tuple[list
 
 
 @contextlib.contextmanager
-def _worker(first: int, module: str, most: int, errors: IO[bytes]) -> Iterator[tuple[Any, queue.Queue[bytes]]]:
+def _worker(task: list[Any], errors: IO[bytes]) -> Iterator[tuple[Any, queue.Queue[bytes]]]:
     """(the process, its lines as they come, and b"" when it is gone); killed at the end."""
-    command = [sys.executable, "-m", "hostile.worker", f"hostile.{module}", str(most), str(first)]
+    command = [sys.executable, "-m", "hostile.worker", *map(str, task)]
     environment = os.environ | {"PYTHONPATH": PATHS, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=errors)  # fmt: skip

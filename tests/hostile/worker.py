@@ -1,6 +1,7 @@
 """Runs the cases of one module, one after the other, and writes a line of JSON before and after each.
 
-    python -m hostile.worker MODULE MOST FIRST      MOST cases per family (0: all), from number FIRST on
+    python -m hostile.worker MODULE MOST FIRST HANG     MOST cases per family (0: all), from number FIRST on, each at
+                                                        most HANG seconds
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import IO, Any
 
 from hostile.case import Case, Outcome, is_system, judge
 
-HANG = 5.0  # seconds by the clock: longer than a case may take on a busy machine
 ROOM = 3 << 30  # bytes of addresses a case may take: a backstop, for what would take the machine down
 
 
@@ -43,8 +43,8 @@ def chosen(module: Any, most: int) -> Iterator[tuple[str, Case]]:
             yield family, case
 
 
-def main(name: str, most: int, first: int) -> None:
-    module = importlib.import_module(name)
+def main(name: str, most: int, first: int, hang: float) -> None:
+    module = importlib.import_module(f"hostile.{name}")
     out = os.fdopen(os.dup(1), "w")
     signal.signal(signal.SIGALRM, _alarm)
     errors = module.errors()
@@ -57,12 +57,13 @@ def main(name: str, most: int, first: int) -> None:
                 gc.freeze()
                 _limit_addresses()
             _tell(out, number=number, family=family, name=case.name)
-            outcome = _try(case, errors, Path(folder, "case"), noise)
+            outcome = _try(case, errors, Path(folder, "case"), noise, hang)
             _tell(out, number=number, wrong=judge(case, outcome), outcome=asdict(outcome))
     _tell(out, done=True)
 
 
-def _try(case: Case, errors: tuple[type[BaseException], ...], folder: Path, noise: IO[bytes]) -> Outcome:
+def _try(case: Case, errors: tuple[type[BaseException], ...], folder: Path, noise: IO[bytes],
+         hang: float) -> Outcome:  # fmt: skip
     folder.mkdir()
     path = case.write(folder)
     gc.collect()
@@ -70,7 +71,7 @@ def _try(case: Case, errors: tuple[type[BaseException], ...], folder: Path, nois
     with warnings.catch_warnings(record=True) as warned, _stderr_to(noise):
         warnings.simplefilter("always")
         before = _start_peak()
-        signal.setitimer(signal.ITIMER_REAL, HANG)
+        signal.setitimer(signal.ITIMER_REAL, hang)
         clock, processor = time.perf_counter(), time.process_time()
         try:
             outcome.digest = case.open(path)
@@ -78,6 +79,8 @@ def _try(case: Case, errors: tuple[type[BaseException], ...], folder: Path, nois
             signal.setitimer(signal.ITIMER_REAL, 0)
             outcome.error, outcome.message = type(error).__name__, str(error)
             outcome.expected = isinstance(error, errors)
+            if isinstance(error, Hang):
+                outcome.message = f"did not end within {hang:g} s"
             if case.system and is_system(error):
                 outcome.error, outcome.expected = "OSError", True
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -90,7 +93,7 @@ def _try(case: Case, errors: tuple[type[BaseException], ...], folder: Path, nois
 
 
 def _alarm(*_: Any) -> None:
-    raise Hang(f"did not end within {HANG:g} s")
+    raise Hang
 
 
 @contextlib.contextmanager
@@ -135,4 +138,4 @@ def _tell(out: IO[str], **facts: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
