@@ -118,7 +118,10 @@ def test_a_state_this_version_does_not_read_is_told(parts, tmp_path, content):
         load_checkpoint(tmp_path / "c", check=False)
 
 
-@pytest.mark.parametrize("content", ["", "nonsense", f"{'0' * 64}  ../../etc/passwd\n", f"{'0' * 64}  state.json\n", "é"])
+HASH = "0" * 64
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", f"{HASH}  ../../etc/passwd\n", f"{HASH}  state.json\n", "é"])
 def test_sums_that_are_none_are_told(parts, tmp_path, content):
     save_checkpoint(tmp_path / "c", **parts)
     (tmp_path / "c" / "SHA256SUMS").write_text(content)

@@ -238,37 +238,10 @@ def test_flops_count_every_multiply_add_of_a_forward():
     assert SMALL.flops_per_token(T) == 3 * SMALL.flops_per_token(T, training=False)
 
 
-def kept_bytes(model, ids):
-    """Bytes of the float arrays that the graph of one loss keeps for backward; weights and rope's tables left out."""
-    def owner(array):
-        return owner(array.base) if isinstance(array.base, np.ndarray) else array
-
-    ops, seen, kept = [model.loss(ids, ids).op], set(), {}
-    while ops:
-        op = ops.pop()
-        if op.born not in seen:
-            seen.add(op.born)
-            floats = [owner(x) for x in op.saved if isinstance(x, np.ndarray) and x.dtype.kind == "f"]
-            kept |= {id(x): x for x in floats}
-            ops += [edge for edge in op.edges if isinstance(edge, Op)]
-    lasting = {id(owner(x)) for x in (*model.rope, *(p.data for p in model.parameters()))}
-    return sum(x.nbytes for x in kept.values() if id(x) not in lasting)
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "head_dim": 4}], ids=["grouped", "multi-head"])
-def test_the_memory_estimate_counts_what_a_layer_saves(changes):
-    ids, _ = batch()
-    one, three = (small(np.float32, num_hidden_layers=layers, **changes) for layers in (1, 3))
-    estimated = [model.config.memory_estimate(*ids.shape).activations for model in (one, three)]
-    assert kept_bytes(three, ids) - kept_bytes(one, ids) == estimated[1] - estimated[0]
-
-
 def test_the_arithmetic_of_a_huge_model_does_not_overflow():
     huge = LlamaConfig(vocab_size=1_000_000, hidden_size=2**17, num_hidden_layers=1000, num_attention_heads=1024,
                        intermediate_size=2**19)  # fmt: skip
     assert huge.parameter_count() > 2**47
-    estimate = huge.memory_estimate(4096, 2**20)
-    assert estimate.total == estimate.weights + estimate.gradients + estimate.optimizer + estimate.activations > 2**62
     assert huge.flops_per_token(2**20) > 2**49
 
 

@@ -1,4 +1,4 @@
-"""The shape of a LLaMA, and what it costs: parameters, FLOPs, memory - by arithmetic on Python's integers.
+"""The shape of a LLaMA, and what it costs: parameters, FLOPs - by arithmetic on Python's integers.
 
 Field names and defaults are those of Hugging Face's LlamaConfig. `from_dict` reads a config.json as transformers 4
 and 5 write it, and refuses by name what would make the same weights another model.
@@ -186,33 +186,6 @@ class LlamaConfig:
         block = 2 * (2 * C * q + 2 * C * kv + 3 * C * F) + 2 * q * (context + 1)
         forward = self.num_hidden_layers * block + 2 * C * self.vocab_size
         return 3 * forward if training else forward
-
-    def memory_estimate(self, batch: int, context: int) -> MemoryEstimate:
-        """Bytes a float32 training step of `batch` sequences of `context` tokens needs, by what each op saves."""
-        C, F, (H, KH, D) = self.hidden_size, self.intermediate_size, self.heads
-        q, kv = H * D, KH * D
-        # Per token and layer: two norms' inputs and outputs, q, k, v, the attention's output and lse, gate, up and
-        # their product, and one rstd per norm.
-        saved = 4 * C + 2 * q + 2 * kv + H + 3 * F + 2
-        weights = 4 * self.parameter_count()
-        # The last norm's input and output, the head's dx; its dW lives from the forward of the loss on.
-        head = 3 * C * batch * context + self.vocab_size * C
-        activations = 4 * (batch * context * self.num_hidden_layers * saved + head)
-        return MemoryEstimate(weights, weights, 2 * weights, activations)
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of a float32 training step with AdamW."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 class _Impossible(ValueError):

@@ -28,19 +28,14 @@ def sleeps(path: Path) -> str:
     return refuse(path)
 
 
-def sleeps_deaf(path: Path) -> str:
-    """As C that never comes back to Python: the alarm does not reach it."""
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    return sleeps(path)
-
-
 def waits_for_a_pipe(path: Path) -> str:
     os.mkfifo(path.with_name("pipe"))
     return open(path.with_name("pipe")).read()
 
 
 def computes(path: Path) -> str:
-    stop = time.process_time() + 1.3
+    signal.setitimer(signal.ITIMER_REAL, 0)  # seconds of the processor are counted, not of the clock
+    stop = time.process_time() + 1.1
     while time.process_time() < stop:
         pass
     return refuse(path)
@@ -116,7 +111,6 @@ def deaths() -> Iterator[Case]:
     """The last: each takes the process with it."""
     yield Case("a crash", bytes_at("file", b"x"), aborts)
     yield Case("an exit", bytes_at("file", b"x"), lambda path: os._exit(0))
-    yield Case("a hang outside Python", bytes_at("file", b"x"), sleeps_deaf)
 
 
 FAMILIES: dict[str, Family] = {"faults": faults, "harmless": harmless, "deaths": deaths}

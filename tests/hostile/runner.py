@@ -19,6 +19,7 @@ from typing import IO, Any
 import entrenar
 
 HANG = 5.0  # seconds by the clock, after which the worker ends a case: longer than one may take on a busy machine
+START = 60.0  # until the first case: imports, and the good file
 PATIENCE = 20.0  # seconds without a word, after which it is stuck outside Python, and ended itself
 DEATHS = 20  # then the rest is not tried
 
@@ -55,8 +56,10 @@ def _run_from(task: list[Any], patience: float) -> tuple[list[Result], Result | 
     with tempfile.TemporaryFile() as errors, _worker(task, errors) as (process, lines):
         while True:
             try:
-                line = lines.get(timeout=patience)
+                line = lines.get(timeout=patience if name else START)
             except queue.Empty:
+                if not name:
+                    raise RuntimeError(f"hostile.{task[0]}: no case within {START:g} s") from None
                 return results, Result(family, name, f"did not end within {patience:g} s")
             if not line and not name:  # no case's fault
                 raise RuntimeError(f"hostile.{task[0]}: {_death(process, errors)}")
