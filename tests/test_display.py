@@ -122,6 +122,23 @@ def test_a_panel_fits_any_width(width):
     assert max(map(len, lines)) <= width
 
 
+def test_on_eighty_columns_no_number_is_cut_off():
+    out = Terminal()
+    told(LivePanel(out, width=80))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "100 MB, 200 MB" in text and "…" not in text
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run():
+    told(PlainLines(open("/dev/full", "w"), report_every=1))
+
+
+def test_what_is_done_without_a_name_is_not_told():
+    out = io.StringIO()
+    PlainLines(out, report_every=1).doing("", 1, 2)
+    assert out.getvalue() == ""
+
+
 def test_words_for_numbers():
     assert [clock(s) for s in (0, 75.4, 3700, 10**6)] == ["0:00", "1:15", "1:01:40", "11.6 days"]
     assert [size(n) for n in (999, 5_200_000, 123_000_000, 2 * 10**9)] == [

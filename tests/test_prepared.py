@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_kinds import KINDS, TEXT
 
 from entrenar.data import (
     CorpusError,
     TokenizerError,
     bits_per_byte,
     load_prepared,
+    load_tokenizer,
     prepare,
     train_bpe,
 )
@@ -25,6 +27,7 @@ from entrenar.data import encoding as encoding_module
 from entrenar.data import pieces as pieces_module
 from entrenar.data import yardsticks as yardsticks_module
 from entrenar.data.corpus import is_held_out
+from entrenar.data.scan import cut_of
 
 LINES = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200))
 
@@ -118,6 +121,26 @@ def test_how_a_text_is_cut_into_pieces_and_slabs_changes_no_token(tmp_path_facto
     assert train + held == text
     assert made.train[:-1].tolist() == bpe.encode(train).tolist()
     assert made.held_out[:-1].tolist() == bpe.encode(held).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_texts_have_the_tokens_of_the_whole_whatever_the_tokenizer(tmp_path, kind, small):
+    KINDS[kind](tmp_path)
+    text = "".join(TEXT) * 2
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.jsonl").write_text(jsonl([text, "  two words"]))
+    tokenizer = load_tokenizer(tmp_path)
+    (tmp_path / "source").mkdir()
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).rename(tmp_path / "source" / name)
+    made = prepare(str(tmp_path / "source"), tokenizer=str(tmp_path), cache="off", held_out=0.01)
+    cut = cut_of(text, 0.01)
+    wanted = [text[:cut], text[:cut], "  two word"], [text[cut:], text[cut:], "s"]
+    for ids, texts in zip((made.train, made.held_out), wanted, strict=True):
+        assert ids.tolist() == tokenizer.encode_documents(texts).tolist()
+        np.testing.assert_array_equal(
+            ids, np.concatenate([part for one in texts for part in (tokenizer.encode(one), [tokenizer.end_id])])
+        )
 
 
 def test_token_ids_of_a_large_vocabulary_take_four_bytes(tmp_path, folder):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -487,3 +488,126 @@ def test_every_option_of_the_small_run_exists():
 
 def test_memory_limits_do_not_leak_between_tests():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+# What was changed on the way
+
+
+def test_a_run_made_longer_and_stopped_again_remembers_how_long_it_is(wanted, capsys):
+    assert train("run", training__steps=6, lr_schedule__schedule="constant") == 0
+    assert train("whole", training__steps=6, lr_schedule__schedule="constant") == 0
+    assert resume("whole", "--training.steps=12") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        from entrenar.training.trainer import Trainer
+
+        between = Trainer._between_steps
+
+        def then_stop(self):
+            between(self)
+            if self.step == 8:
+                self.requests.stop = "Ctrl-C"
+
+        patch.setattr(Trainer, "_between_steps", then_stop)
+        assert resume("run", "--training.steps=12") == 130
+    assert resume("run") == 0
+    assert bits("run") == bits("whole") and bits("run")["step"] == "step-000012"
+
+
+def test_a_run_whose_clock_chose_the_steps_can_be_made_longer(capsys, clock):
+    assert train("run", training__budget="1s", checkpointing__every=0) == 0
+    (end,) = events("run", "end")
+    assert end["step"] != 12
+    longer = end["step"] + 3
+    assert resume("run", f"--training.steps={longer}") == 0
+    assert events("run", "end")[-1]["step"] == longer
+    assert resume("run") == 0, "and it stays so"
+    assert f"all {longer} steps are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [("batch_size = 4", "training.batch_size = 4 (was 2)"), ("hidden_size = 32", "model.hidden_size = 32 (was 16)")],
+)
+def test_a_run_whose_configuration_was_edited_into_another_is_refused(capsys, line, told):
+    assert stopped_at("run", 4) == 130
+    name, config = line.split(" ")[0], Path("run/config.toml")
+    whole = config.read_text()
+    config.write_text(re.sub(rf"^{name} = .*$", line, whole, flags=re.MULTILINE))
+    assert resume("run") == 2
+    said = capsys.readouterr().err
+    assert told in said and "it would be another run; put it back" in said and said.count("\n") == 1
+    config.write_text(re.sub("^steps = 12$", "steps = 6", whole, flags=re.MULTILINE))
+    assert resume("run") == 0, "what may change on the way may be edited too"
+    assert bits("run")["step"] == "step-000006"
+
+
+def test_a_checkpoint_given_for_its_run_is_told_the_run(capsys):
+    assert stopped_at("run", 4) == 130
+    assert resume("run/checkpoint") == 2
+    assert "run/checkpoint: no config.toml: this is no run's folder; the run is run\n" in capsys.readouterr().err
+
+
+def test_a_folder_filled_while_the_text_was_prepared_is_left_alone(monkeypatch, capsys):
+    from entrenar.training import job
+
+    def slow(*args, prepare=job.prepare, **kwargs):
+        if not Path("run").exists():
+            Path("run").mkdir()  # so that the other one comes here only once
+            assert train("run") == 0, "another one trains there meanwhile"
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(job, "prepare", slow)
+    assert train("run") == 2
+    assert "--out run: holds a run already" in capsys.readouterr().err
+    assert [path.name for path in saved_steps(Path("run"))][-1] == "step-000012"
+
+
+def test_a_disk_that_refuses_is_told_with_place_and_way_out(monkeypatch, capsys):
+    from entrenar.training import trainer
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer, "save_step", refuse)
+    assert train("run") == 1
+    assert capsys.readouterr().err == (
+        "entrenar train: run: No space left on device; there is no checkpoint yet; with the disk in order again, "
+        "`entrenar resume run` goes on\n"
+    )
+
+
+def test_a_disk_that_refuses_prepared_data_is_told_with_another_folder_as_the_way_out(monkeypatch, capsys):
+    from entrenar.training import job
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(job, "prepare", refuse)
+    assert train("run", data__cache="kept") == 1
+    told = capsys.readouterr().err
+    assert "data.cache = 'kept': No space left on device, while the text was prepared" in told
+    assert "another folder with --data.cache" in told and not Path("run").exists()
+
+
+def test_ctrl_c_while_the_text_is_prepared_says_that_there_is_no_run_yet(monkeypatch, capsys):
+    from entrenar.training import job
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "prepare", stop)
+    assert train("run") == 130
+    told = capsys.readouterr().err
+    assert "stopped before the first step: there is no run yet" in told and "is whole" not in told
+
+
+def test_standard_input_whose_tokens_are_gone_is_told_so():
+    def piped(text, *command):
+        one = process(*command, before=f"import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO({text!r}))")
+        return one.communicate(timeout=60)[1], one.returncode
+
+    assert piped(TEXT.encode(), "train", "--out", "run", *words(data__source="-", training__steps=3)) == ("", 0)
+    shutil.rmtree("cache")
+    told, code = piped(b"", "resume", "run")
+    assert code == 2 and "standard input is empty" in told and told.count("\n") == 1
+    assert "the tokens that were prepared of it" in told and told.endswith("are gone\n")

@@ -134,7 +134,7 @@ def told(name: str, error: BaseException) -> int:
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
     code, message = explained(error)
-    if code == INTERRUPTED and name in ("train", "resume"):
+    if code == INTERRUPTED and name in ("train", "resume") and "no run yet" not in message:
         message += "; what the run saved before is whole"
     with contextlib.suppress(OSError, ValueError):  # nobody may be listening there either
         print(f"entrenar {name}: {message}" if name else f"entrenar: {message}", file=sys.stderr)

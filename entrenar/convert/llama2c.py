@@ -30,7 +30,7 @@ from entrenar.convert.vocabulary import BYTES, SPACE, read_vocabulary
 from entrenar.data import Tokenizer, sentencepiece
 from entrenar.data.tokenizer_subword import SubwordTokenizer
 from entrenar.files import new_file
-from entrenar.formats import FormatError, open_regular
+from entrenar.formats import FormatError, open_regular, short
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.model import rope_tables
 from entrenar.nn import unfilled
@@ -212,8 +212,11 @@ def _back(path: str | Path, i: int, text: str, score: float) -> sentencepiece.Pi
         if text != f"<0x{i - 3:02X}>":
             raise FormatError(f"{path}: token {i} is {text!r}; LLaMA 2's layout has <0x{i - 3:02X}> there")
         return sentencepiece.Piece(text, 0.0, sentencepiece.BYTE)
-    if not text or not math.isfinite(score):
-        raise FormatError(f"{path}: token {i} is {text!r} with score {score}; wanted a text and a finite number")
+    if not 0 < len(text) <= sentencepiece.LONGEST or not math.isfinite(score):
+        raise FormatError(
+            f"{path}: token {i} is {short(text)} with score {score}; wanted a text of 1 to {sentencepiece.LONGEST} "
+            "characters and a finite number"
+        )
     return sentencepiece.Piece(text.replace(" ", SPACE), score)
 
 

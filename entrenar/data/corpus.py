@@ -115,8 +115,9 @@ def source_file(name: str, path: Path) -> SourceFile:
 
 
 def printable(name: str) -> str:
-    """The name of a file, where its bytes are no UTF-8 with escapes: every terminal and JSON reader takes it."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """The name of a file, with escapes for bytes that are no UTF-8 and for what a terminal would act on."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def is_held_out(name: str, share: float) -> bool:

@@ -21,7 +21,7 @@ from entrenar.data.tokenizer import Tokenizer, id_type
 from entrenar.data.work import HEAD, HELD_OUT, PLACES, TRAIN, Work
 from entrenar.data.yardsticks import LIMIT, Yardsticks
 
-SLAB = 1 << 20  # characters encoded in one call of the library, about; it takes some 100 bytes per token meanwhile
+SLAB = 1 << 19  # characters encoded in one call of the library, about; it takes some 100 bytes per token meanwhile
 ON_THE_WAY = 2  # slabs
 JOURNAL_EVERY = 5.0  # seconds
 

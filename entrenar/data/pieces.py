@@ -17,7 +17,7 @@ from entrenar.data.documents import Unusable, rows, text_slabs
 from entrenar.data.scan import Progress, Scan, cut_of, is_blank
 from entrenar.data.tokenizer_cuts import LINE
 
-PIECE = 1 << 16  # characters of a piece, about
+PIECE = 1 << 15  # characters of a piece, about: what one core encodes at a time
 LONGEST = 1 << 22  # characters of a piece at most
 LEARN_FROM = 1 << 25  # characters: of more than these, a tokenizer is learned from every n-th piece ...
 LEARN_FROM_MANY = 1 << 24  # ... so many together; its trainer needs some 10 bytes for each

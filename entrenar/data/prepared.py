@@ -24,7 +24,7 @@ from entrenar.data.places import Places, open_places
 from entrenar.data.tokenfile import open_tokens, read_header
 from entrenar.data.tokenizer import Tokenizer, load_tokenizer
 from entrenar.data.work import HELD_OUT, PLACES, TOKENIZER, TRAIN
-from entrenar.formats import open_regular
+from entrenar.formats import open_regular, short
 from entrenar.formats.strict_json import read_object
 
 FORMAT = 2  # of the folder; another number makes every old one stale
@@ -120,7 +120,8 @@ def load_with_key(folder: Path) -> tuple[Prepared, str]:
             wanted = {"count": count, "vocab_size": tokenizer.vocab_size, "tokenizer": kept, "source": key}
             for what, value in wanted.items():
                 if (came := getattr(header, what)) != value:
-                    raise CorpusError(f"{folder / name}: its {what} is {came}, by {FACTS} and {TOKENIZER}/ {value}")
+                    wanted_by = f"by {FACTS} and {TOKENIZER}/ {short(value)}"
+                    raise CorpusError(f"{folder / name}: its {what} is {came}, {wanted_by}")
             sides.append(open_tokens(folder / name))
             identity.update(header.content.encode())
         places = open_places(folder / PLACES, _names(folder / NAMES))
@@ -138,7 +139,7 @@ def _facts(path: Path) -> tuple[Facts, str]:
     """Raises CorpusError for anything but what `_fill` wrote."""
     content = read_object(path)
     if content.get("format") != FORMAT:
-        came = str(content.get("format"))[:40]
+        came = short(content.get("format"))
         raise CorpusError(f"{path}: format {came}; this entrenar reads {FORMAT}: prepare the text again")
     values, key = content.get("facts"), content.get("key")
     if not isinstance(values, dict) or not isinstance(key, str):
@@ -152,7 +153,7 @@ def _facts(path: Path) -> tuple[Facts, str]:
         if type(value) in (int, float) and value < least:
             raise CorpusError(f'{path}: "{one.name}" is {value}, wanted at least {least}')
     if unknown := set(values) - {one.name for one in fields(Facts)}:
-        raise CorpusError(f"{path}: unknown facts: {', '.join(sorted(unknown))[:200]}")
+        raise CorpusError(f"{path}: unknown facts: {printable(', '.join(sorted(unknown))[:200])}")
     if not all(isinstance(name, str) for name in values["skipped"]):
         raise CorpusError(f'{path}: "skipped" holds something else than names')
     return Facts(**values | {"skipped": tuple(values["skipped"])}), key

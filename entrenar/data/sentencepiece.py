@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FILE = "tokenizer.model"
 LIMIT = 8 * 1000**2  # bytes; LLaMA-2's has half a million, Gemma's, the largest in use, 4.7
 PIECES = 300_000  # Gemma's has 262,144
+FIELDS = 10_000  # of one message, beside the pieces; a trainer_spec has some 50
 LONGEST = 128  # characters of a piece; sentencepiece's own limit is 16 unless it is told otherwise
 SPACE = "\u2581"  # stands for a space in pieces
 
@@ -141,17 +142,18 @@ def parse_model(raw: bytes, name: str) -> SentencePiece:
         raise FormatError(f"{name}: is empty, wanted a sentencepiece model")
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", raw):
         raise FormatError(f"{name}: looks like a tiktoken file (Llama 3's original); give its tokenizer.json instead")
-    pieces: list[Piece] = []
+    spans = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     whole = _Message(raw, 0, len(raw), name)
-    for number, value in whole.fields():
+    for i, (number, value) in enumerate(whole.fields()):
         if number == 1:
-            pieces.append(_piece(whole.inside(value, "piece")))
+            spans.append(value)  # looked into when it is known how many there are
         elif number in (2, 3):
-            (trainer if number == 2 else normalizer).update(whole.inside(value, "specification").fields())
-        if len(pieces) > PIECES:
-            raise FormatError(f"{name}: has more than {PIECES:,} pieces")
+            (trainer if number == 2 else normalizer).update(_few(whole.inside(value, "specification")))
+        if len(spans) > PIECES or i - len(spans) > FIELDS:
+            raise FormatError(f"{name}: has more than {PIECES:,} pieces, or {FIELDS:,} other fields")
+    pieces = [_piece(whole.inside(span, "piece")) for span in spans]
     if not pieces or not trainer:
         raise FormatError(f"{name}: is no sentencepiece model: it has {len(pieces)} pieces and "
                           f"{'a' if trainer else 'no'} trainer_spec")  # fmt: skip
@@ -226,9 +228,17 @@ class _Message:
         raise FormatError(f"{self.name}: is no sentencepiece model, or a broken one: byte {at:,}: {why}")
 
 
+def _few(message: _Message) -> Iterator[tuple[int, Any]]:
+    """The fields of a message, none of which has many."""
+    for i, pair in enumerate(message.fields()):
+        if i == FIELDS:
+            message._fail(message.start, f"a message has more than {FIELDS:,} fields")
+        yield pair
+
+
 def _piece(message: _Message) -> Piece:
     text, score, kind = b"", 0.0, NORMAL
-    for number, value in message.fields():
+    for number, value in _few(message):
         if number == 1 and isinstance(value, tuple):
             text = message.raw[slice(*value)]
         elif number == 2 and isinstance(value, bytes) and len(value) == 4:

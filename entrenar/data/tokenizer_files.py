@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar.formats import FormatError, open_regular, short
-from entrenar.formats.strict_json import parse
+from entrenar.formats.strict_json import USUAL_VALUES, parse
 
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -50,7 +50,7 @@ class Companions:
         for name in Companions.READ:
             raw = kept.get(name) if name in kept else _read(folder / name)
             if raw is not None:
-                parsed[name] = parse(raw, str(folder / name))
+                parsed[name] = parse(raw, str(folder / name), values=USUAL_VALUES)
                 if not isinstance(parsed[name], dict):
                     raise FormatError(f"{folder / name}: wanted an object: {{...}}")
         return Companions(folder, parsed, kept)

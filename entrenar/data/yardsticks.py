@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-LIMIT = 16 << 20
+LIMIT = 8 << 20  # xz takes 100 MB and five seconds for them
 
 
 class Yardsticks:

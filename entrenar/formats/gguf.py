@@ -456,6 +456,8 @@ def _place(reader: _Reader, infos: list[tuple[int, str, tuple[int, ...], Type, i
             raise reader.fail(f"tensor {name!r} has rows of {row:,}; {kind.name} stores blocks of {kind.block}", place)
         if offset % alignment:
             raise reader.fail(f"tensor {name!r} lies at offset {offset:,}, which {alignment} does not divide", place)
+        if math.prod(n or 1 for n in shape) >= 1 << 60:  # NumPy has no such array, even where a 0 makes it empty
+            raise reader.fail(f"tensor {name!r} {list(shape)} {kind.name} would end at byte 2^60 or later", place)
         start, size = data_start + offset, math.prod(shape) // kind.block * kind.nbytes
         if start + size > reader.size:
             raise reader.fail(

@@ -35,6 +35,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BLOCK = 1 << 18  # elements converted and checked at a time: they stay in the cache
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")  # in old files: RoPE's frequencies, which follow from the config
+SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 SHOWN = 20  # problems listed in one message
 
 
@@ -116,7 +117,7 @@ def _open_shards(folder: Path, opened: contextlib.ExitStack) -> dict[str, SafeTe
     wrong = [f"{_shown(tensor)} is not in {file}" for tensor, file in where.items() if tensor not in files[file]]
     for name, file in files.items():
         extra = (tensor for tensor in file if where.get(tensor) != name and not COMPUTED.fullmatch(tensor))
-        wrong += [f"{name} has {_shown(tensor)}, which the index puts in {where.get(tensor, 'no file')}" for tensor in extra]
+        wrong += [f"{name} has {_shown(tensor)}, by the index in {where.get(tensor, 'no file')}" for tensor in extra]
     if wrong:
         raise _refusal(folder / INDEX, "does not say what the files hold", wrong)
     return {tensor: files[file] for tensor, file in where.items()}
@@ -128,7 +129,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(where, dict) or not where:
         raise FormatError(f"{path}: weight_map = {short(where)}: wanted file names by tensor name")
     for tensor, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
+        if not isinstance(file, str) or Path(file).name != file or not SHARD.fullmatch(file):
             raise FormatError(
                 f"{path}: weight_map puts {short(tensor)} in {short(file)}: wanted the plain name of a .safetensors "
                 "file beside it"

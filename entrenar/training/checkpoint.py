@@ -26,8 +26,8 @@ import numpy as np
 
 from entrenar.data import Tokenizer, TokenizerError, load_tokenizer
 from entrenar.files import new_folder, point_link
-from entrenar.formats import FormatError, safetensors
-from entrenar.formats.strict_json import read_json
+from entrenar.formats import FormatError, open_regular, safetensors, short
+from entrenar.formats.strict_json import read_object
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.pretrained import read_config
 from entrenar.optim import AdamW
@@ -110,10 +110,10 @@ def load_checkpoint(folder: str | Path, *, check: bool = True) -> Checkpoint:
     if check:
         verify(folder)
     try:
-        state = read_json(folder / STATE)
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            found = state.get("format") if isinstance(state, dict) else type(state).__name__
-            raise CheckpointError(f"checkpoint {folder}: {STATE} has format {found!r}, this version reads {FORMAT}")
+        state = read_object(folder / STATE)
+        if state.get("format") != FORMAT:
+            found = short(state.get("format"))
+            raise CheckpointError(f"checkpoint {folder}: {STATE} has format {found}, this version reads {FORMAT}")
         config = read_config(folder)
         weights = safetensors.SafeTensors(folder / MODEL)
         moments = folder / OPTIMIZER
@@ -139,21 +139,31 @@ def verify(folder: Path) -> None:
             wrong.append(f"{name} is missing")
         except OSError as error:
             wrong.append(f"{name} cannot be read ({error.strerror})")
+        except FormatError:  # a folder, a pipe
+            wrong.append(f"{name} is no file")
     if wrong:
-        raise CheckpointError(f"checkpoint {folder}: {', '.join(wrong)}")
+        more = [f"{len(wrong) - 10} more"] if len(wrong) > 10 else []
+        raise CheckpointError(f"checkpoint {folder}: {', '.join(wrong[:10] + more)}")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
     """File name -> SHA-256, as SHA256SUMS has them. Raises CheckpointError where it cannot be."""
     try:
-        text = (folder / SUMS).read_bytes()[: 1 << 20].decode("ascii")
+        file, _ = open_regular(folder / SUMS)
+        with file:
+            text = file.read(1 << 20).decode("latin1")  # other bytes than ASCII match no line
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {folder}: {SUMS} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {SUMS} cannot be read: {error}") from None
-    found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in text.splitlines()]
+    except FormatError:
+        raise CheckpointError(f"checkpoint {folder}: {SUMS} is no file") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: {SUMS} cannot be read: {error.strerror}") from None
+    found = [re.fullmatch(r"([0-9a-f]{64})  ([A-Za-z0-9_-][A-Za-z0-9_.-]{,99})", line) for line in text.splitlines()]
     sums = {match[2]: match[1] for match in found if match}
-    if None in found or STATE not in sums or MODEL not in sums or any(name.startswith(".") for name in sums):
+    # what is there and has no hash could be anything: a SHA256SUMS that was cut at the end of a line
+    own = ("config.json", OPTIMIZER, "tokenizer.json", "tokenizer_config.json")
+    unlisted = [name for name in own if name not in sums and (folder / name).exists()]
+    if None in found or STATE not in sums or MODEL not in sums or unlisted:
         raise CheckpointError(f"checkpoint {folder}: {SUMS} is not what was written")
     return sums
 
@@ -229,8 +239,12 @@ def _delete(folder: Path) -> None:
 
 
 def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    file, _ = open_regular(path)
+    digest = hashlib.sha256()
+    with file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _write(path: Path, value: Any) -> None:

@@ -14,12 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entrenar.formats import FormatError, open_regular
 from entrenar.training.budget import seconds_of
 from entrenar.training.options import SECTIONS as SECTIONS
 from entrenar.training.options import Config as Config
 from entrenar.training.options import ConfigError as ConfigError
 from entrenar.training.options import Option as Option
 from entrenar.training.options import options as options
+
+LIMIT = 1_000_000  # bytes of a file; all options together have some 3,000
+SHOWN = 20  # problems in one message
+LONGEST = 100  # characters of a name or value in a message
+DOTTED = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]++\s*+\.\s*+){64}")  # tomllib takes their number squared in memory
 
 
 @dataclass(frozen=True)
@@ -48,29 +54,35 @@ def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, s
     for s in settings:
         option = known.get(f"{s.section}.{s.name}")
         if option is None:
-            problems.append(f"{s.where}: no such option; {_nearest(s, known)}")
+            way_out = f"; {_nearest(s, known)}" if len(problems) < SHOWN else ""
+            problems.append(f"{s.where}: no such option{way_out}")
             continue
         try:
             config.set(option, option.parse(s.value) if s.is_text else option.check(s.value))
             places[option.full_name] = s.where
         except ValueError as error:
             problems.append(f"{s.where}: wanted {error}")
-    problems += _contradictions(config, places) if not problems else []
+    problems += _contradictions(config, places, f"{file}: " if file is not None else "") if not problems else []
     if problems:
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{count} with the configuration:\n  " + "\n  ".join(problems))
+        more = [f"... and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
+        raise ConfigError("\n  ".join([f"{count} with the configuration:", *problems[:SHOWN], *more]))
     return config
 
 
 def _from_file(path: Path, problems: list[str]) -> list[Setting]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
         content = tomllib.loads(text)
-    except OSError as error:
-        problems.append(f"{path}: cannot be read: {error.strerror}")
+    except (FormatError, OSError) as error:
+        problems.append(f"{path}: cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error))
         return []
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: not TOML: {error}")
+    except tomllib.TOMLDecodeError as error:
+        problems.append(f"{path}: not TOML: {_cut(str(error), 3 * LONGEST)}")
+        return []
+    except (ValueError, RecursionError) as error:
+        what = "is nested too deeply" if isinstance(error, RecursionError) else "has a number of thousands of digits"
+        problems.append(f"{path}: {what}")
         return []
     lines, settings = _line_numbers(text), []
     for section, values in content.items():
@@ -78,18 +90,52 @@ def _from_file(path: Path, problems: list[str]) -> list[Setting]:
             settings.append(Setting(_place(path, lines, "", section, values), "", section, values))
             continue
         if section not in SECTIONS and not values:
-            settings.append(
-                Setting(f"{path} line {lines.get((section, ''), '?')}: [{section}]", section, "", None)
-            )
+            line = lines.get((section, ""), "?")
+            settings.append(Setting(f"{path} line {line}: [{_cut(section)}]", section, "", None))
         for name, value in values.items():
             settings.append(Setting(_place(path, lines, section, name, value), section, name, value))
     return settings
 
 
+def _text(path: Path) -> str:
+    """Raises FormatError for what is no text of a configuration's size, OSError where it cannot be read."""
+    file, size = open_regular(path)
+    with file:
+        if size > LIMIT:
+            raise FormatError(f"{path}: has {size:,} bytes; a configuration has at most {LIMIT:,}")
+        raw = file.read(LIMIT)
+    try:
+        text = raw.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = 1 + raw.count(b"\n", 0, error.start)
+        raise FormatError(
+            f"{path} line {line}: not TOML: byte {error.start} (0x{raw[error.start]:02x}) is not UTF-8"
+        ) from None
+    if found := DOTTED.search(text):
+        line = 1 + text.count("\n", 0, found.start())
+        raise FormatError(f"{path} line {line}: a name with more than 64 dots")
+    return text
+
+
 def _place(path: Path, lines: Mapping[tuple[str, str], int], section: str, name: str, value: Any) -> str:
     line = lines.get((section, name))
     at = f"{path} line {line}" if line else f"{path}"
-    return f"{at}: [{section}] {name} = {_toml(value)}" if section else f"{at}: {name} = {_toml(value)}"
+    return f"{at}: [{_cut(section)}] {_cut(name)} = {_quoted(value)}".replace(": [] ", ": ", 1)
+
+
+def _quoted(value: Any) -> str:
+    """The value as a message has it."""
+    try:
+        return _cut(_toml(value))
+    except (ValueError, RecursionError):  # of thousands of digits, or hundreds of brackets
+        return "a value too long to be shown"
+
+
+def _cut(text: str, longest: int = LONGEST) -> str:
+    """Printable, whatever it is, and not too long."""
+    text = text[: longest + 1]
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def _line_numbers(text: str) -> dict[tuple[str, str], int]:
@@ -127,13 +173,13 @@ def _nearest(s: Setting, known: Mapping[str, Option]) -> str:
     return f"[{s.section}] has {', '.join(own)}"
 
 
-def _contradictions(config: Config, places: Mapping[str, str]) -> list[str]:
-    """What each value allows, but not all of them together."""
+def _contradictions(config: Config, places: Mapping[str, str], where: str) -> list[str]:
+    """What each value allows, but not all of them together; `where` goes before what has no place of its own."""
     t, lr, problems = config.training, config.lr_schedule, []
 
     def at(name: str) -> str:
         section, _, key = name.partition(".")
-        return places.get(name) or f"{name} = {config.sections()[section][key]} (the default)"
+        return places.get(name) or f"{where}{name} = {config.sections()[section][key]} (the default)"
 
     try:
         size = config.model["vocab_size"]
@@ -144,13 +190,13 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> list[str]:
     except ConfigError as error:
         message = str(error).removeprefix("[model] ")
         name = message.split()[0].rstrip(":,=")
-        where = places.get(f"model.{name}")
-        problems.append(f"{where}: {message}" if where else str(error))
+        place = places.get(f"model.{name}")
+        problems.append(f"{place}: {_cut(message, 1000)}" if place else f"{where}{_cut(str(error), 1000)}")
     if t.budget:
         try:
             seconds_of(t.budget)
         except ValueError as error:
-            problems.append(f"{at('training.budget')}: {error}")
+            problems.append(f"{at('training.budget')}: {_cut(str(error), 300)}")
     room = t.steps - (lr.warmup_steps or 0)
     if room < 0:
         problems.append(f"{at('lr_schedule.warmup_steps')}: wanted at most training.steps = {t.steps}")

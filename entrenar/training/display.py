@@ -113,7 +113,7 @@ class PlainLines:
         self._write(f"# {text}")
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
-        if not self.started:  # afterwards the reports tell
+        if what and not self.started:  # afterwards the reports tell
             self._write(f"# {what}")
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class PlainLines:
     def _write(self, line: str) -> None:
         try:
             print(line, file=self.stream, flush=True)
-        except BrokenPipeError:  # the reader went away (`| head`): the run goes on, metrics.jsonl has everything
+        except OSError:  # the reader went away (`| head`), the log's disk is full: the run goes on, with metrics.jsonl
             self.stream = open(os.devnull, "w")
 
 
@@ -249,7 +249,7 @@ class LivePanel:
     def _machine(self, r: Report) -> list[tuple[str, Any]]:
         return [
             ("tokens/s", f"{r.tokens_per_second:,.0f}"),
-            ("of the machine's peak", f"{r.peak_share:.0%}"),
+            ("of machine's peak", f"{r.peak_share:.0%}"),
             ("memory, peak", f"{size(r.memory)}, {size(r.memory_peak)}"),
             ("learning rate", f"{r.learning_rate:.2e}"),
             ("gradient norm", f"{r.grad_norm:.3f}"),

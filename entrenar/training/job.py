@@ -33,7 +33,7 @@ from entrenar.training import machine, summary
 from entrenar.training.checkpoint import Checkpoint, CheckpointError, clean, load_checkpoint, newest, saved_steps
 from entrenar.training.config import Config, ConfigError, Option, options, read_config, to_toml
 from entrenar.training.curve import render
-from entrenar.training.display import Display, Heading, make_display
+from entrenar.training.display import Display, Heading, HeldOut, make_display
 from entrenar.training.plan import make_plan
 from entrenar.training.signals import listening
 from entrenar.training.trainer import METRICS, Trainer
@@ -58,6 +58,12 @@ def start(config: Config, *, force: bool = False) -> int:
     try:
         with contextlib.ExitStack() as stack:
             return _begin(config, run, display, began, stack, force=force)
+    except KeyboardInterrupt as error:
+        if str(error) or (run / CONFIG).exists():
+            raise
+        raise KeyboardInterrupt(
+            "stopped before the first step: there is no run yet; the same command goes on where preparing the text was"
+        ) from None
     finally:
         display.close()
 
@@ -71,8 +77,10 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
     """
     began, run = time.perf_counter(), Path(os.path.expanduser(run))
     if not (run / CONFIG).is_file():
+        inside = (run.parent / CONFIG).is_file()
         raise CheckpointError(
-            f"{run}: no {CONFIG}: this is no run's folder; name one, or begin one with `entrenar train`"
+            f"{run}: no {CONFIG}: this is no run's folder; "
+            + (f"the run is {run.parent}" if inside else "name one, or begin one with `entrenar train`")
         )
     config = changed(read_config(run / CONFIG), overrides)
     config = replace(config, checkpointing=replace(config.checkpointing, out=str(run)))
@@ -81,16 +89,17 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
         with contextlib.ExitStack() as stack:
             if not saved_steps(run):
                 display.note(f"{run} was ended before its first checkpoint: beginning again")
-                return _begin(config, run, display, began, stack, force=force)
+                return _begin(config, run, display, began, stack, force=force, again=True)
             stack.enter_context(locked(run))
             saved = load_checkpoint(newest(run, display.note), check=False)  # newest has checked it
+            must_be_the_same_run(config, saved, run)
             return _go_on(config, run, saved, display, stack, force=force)
     finally:
         display.close()
 
 
 def _begin(config: Config, run: Path, display: Display, began: float, stack: contextlib.ExitStack, *,
-           force: bool) -> int:  # fmt: skip
+           force: bool, again: bool = False) -> int:  # fmt: skip
     shape = pretrained_shape(config)
     must_fit(config, shape, None, display, force=force)  # before the text takes its time
     data = prepared(config, run, display)
@@ -108,9 +117,11 @@ def _begin(config: Config, run: Path, display: Display, began: float, stack: con
     here = machine.look()
     run.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(run))
+    if not again:
+        run_folder(config, among=(LOCK, DATA))  # preparing may have taken hours: is the folder still ours to fill?
     clean(run, 0)
     (run / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-    write_file(run / CONFIG, to_toml(replace(config, checkpointing=replace(config.checkpointing, out=""))))
+    keep_config(config, run)
     trainer = Trainer(config, data, model, run, display, here.peak_flops, began=began)
     stack.callback(trainer.close)
     trainer.log(
@@ -140,6 +151,9 @@ def _go_on(config: Config, run: Path, saved: Checkpoint, display: Display, stack
         trainer.load_state(saved)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {saved.folder}: its state cannot be used: {error!r}") from error
+    if not config.training.budget:  # of a run that had one, until --training.steps ended it: the checkpoint's are older
+        trainer.steps = config.training.steps
+    keep_config(config, run)  # what was changed on the way holds for the next resume too
     for name in clean(run, trainer.step):
         trainer.warn(f"{name} is not whole; it was set aside as {name}.broken")
     trainer.log("resume", time=now(), step=trainer.step, checkpoint=saved.folder.name, machine=asdict(here), plan=plan)
@@ -162,16 +176,23 @@ def _train(trainer: Trainer, here: machine.Machine) -> int:
         trainer.plan_steps()
         try:
             trainer.train()
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(Exception):  # the error itself matters more than the picture of it
                 pictures(trainer, here)
+            if isinstance(error, OSError):
+                raise refused(error, trainer) from error
             raise
-        return finish(trainer, here)
+        try:
+            last, sample = finish(trainer, here)
+        except OSError as error:
+            raise refused(error, trainer) from error
+        summary.summarize(trainer, last, sample)
+        return trainer.requests.exit_code
 
 
-def finish(trainer: Trainer, here: machine.Machine) -> int:
+def finish(trainer: Trainer, here: machine.Machine) -> tuple[HeldOut | None, str]:
     """Checkpoint, last look at the held-out text, sample, picture, report; where a signal stopped it, no look and no
-    sample: whoever stops a run does not want to wait."""
+    sample: whoever stops a run does not want to wait. Returns the look and the sample."""
     stopped, last, sample = trainer.stopping, None, ""
     if trainer.step:
         trainer.save()
@@ -194,8 +215,16 @@ def finish(trainer: Trainer, here: machine.Machine) -> int:
     pictures(trainer, here)
     trainer.display.doing("done")
     trainer.display.close()
-    summary.summarize(trainer, last, sample)
-    return trainer.requests.exit_code
+    return last, sample
+
+
+def refused(error: OSError, trainer: Trainer) -> OSError:
+    """What the disk refused, with where, what is whole, and the way out."""
+    run, place = trainer.run, error.filename if error.filename is not None else str(trainer.run)
+    kept = [folder.name for folder in saved_steps(run)]
+    whole = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+    way_out = f"`entrenar resume {run}` goes on" if (run / CONFIG).exists() else "begin again"
+    return OSError(error.errno, f"{error.strerror or error}; {whole}; with the disk in order again, {way_out}", place)
 
 
 def pictures(trainer: Trainer, here: machine.Machine) -> None:
@@ -208,15 +237,16 @@ def pictures(trainer: Trainer, here: machine.Machine) -> None:
 # -- what a run is made of
 
 
-def run_folder(config: Config) -> Path:
-    """Where the run goes. Raises ConfigError rather than write into a folder that holds something."""
+def run_folder(config: Config, among: Sequence[str] = ()) -> Path:
+    """Where the run goes. Raises ConfigError rather than write into a folder that holds something; the names in
+    `among` are nothing."""
     if config.checkpointing.out:
         run = Path(os.path.expanduser(config.checkpointing.out))
         if (run / CONFIG).is_file():
             raise ConfigError(
                 f"--out {run}: holds a run already; `entrenar resume {run}` goes on with it, or name a new folder"
             )
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(path.name not in among for path in run.iterdir())):
             raise ConfigError(
                 f"--out {run}: exists and is not an empty folder; name a new one, or move it away"
             )
@@ -255,16 +285,21 @@ def prepared(config: Config, run: Path, display: Display) -> Prepared:
     """The text as tokens; with training.start_from by that model's own tokenizer, unless another one is named."""
     d = config.data
     own = d.tokenizer == Config().data.tokenizer and config.training.start_from
-    data = prepare(
-        d.source,
-        tokenizer=str(folder_of(config)) if own else d.tokenizer,
-        vocab_size=d.vocab_size,
-        held_out=d.held_out,
-        cache=d.cache,
-        skip_bad=d.skip_bad,
-        into=run / DATA,
-        say=display.doing,
-    )
+    try:
+        data = prepare(
+            d.source,
+            tokenizer=str(folder_of(config)) if own else d.tokenizer,
+            vocab_size=d.vocab_size,
+            held_out=d.held_out,
+            cache=d.cache,
+            skip_bad=d.skip_bad,
+            into=run / DATA,
+            say=display.doing,
+        )
+    except OSError as error:
+        why = f"{error.strerror or error}, while the text was prepared; what is done is kept: make room and go on"
+        place = error.filename if error.filename is not None else f"data.cache = {d.cache!r}"
+        raise OSError(error.errno, f"{why}, or name another folder with --data.cache", place) from error
     shape = pretrained_shape(config)
     if shape and data.tokenizer.vocab_size > shape.vocab_size:
         raise ConfigError(
@@ -284,7 +319,10 @@ def the_same_data(config: Config, run: Path, saved: Checkpoint, display: Display
         data = load_prepared(Path(kept["folder"]))
         if data.identity == kept["identity"]:
             return data
-    data = prepared(config, run, display)
+    try:
+        data = prepared(config, run, display)
+    except CorpusError as error:
+        raise CorpusError(f"{error}; and the tokens that were prepared of it, in {kept['folder']}, are gone") from None
     if data.identity != kept["identity"]:
         raise CorpusError(
             f"data.source: {config.data.source!r} is no longer the text this run was trained on (its files, or the "
@@ -318,7 +356,32 @@ def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     read_config(None, overrides)  # says all that is wrong with them
     for name, text in overrides:
         config.set(known[name], known[name].parse(text))
+    if any(name == "training.steps" for name, _ in overrides):
+        config.training.budget = ""  # the clock chose until now
     return config
+
+
+def must_be_the_same_run(config: Config, saved: Checkpoint, run: Path) -> None:
+    """Raises ConfigError where the run's config.toml was edited in what cannot change on the way."""
+    was: dict[str, Any] = saved.state["config"]
+    edited = [
+        f"{section}.{name} = {value} (was {was.get(section, {}).get(name)})"
+        for section, values in config.sections().items()
+        for name, value in values.items()
+        if not may_change(f"{section}.{name}") and f"{section}.{name}" != "training.budget"
+        and value != was.get(section, {}).get(name)
+    ]  # fmt: skip
+    if edited:
+        told = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if len(edited) > 3 else "")
+        raise ConfigError(
+            f"{run / CONFIG}: {told}: cannot change while a run goes on: it would be another run; put it "
+            f"back, or begin one with `entrenar train --config {run / CONFIG} --out NEW`"
+        )
+
+
+def keep_config(config: Config, run: Path) -> None:
+    """config.toml: where the run is, is not in it, for a run may be moved."""
+    write_file(run / CONFIG, to_toml(replace(config, checkpointing=replace(config.checkpointing, out=""))))
 
 
 def may_change(name: str) -> bool:

@@ -268,7 +268,7 @@ class Option:
         if types.NoneType in self.kinds and value in ("none", None):
             return None
         if float in self.kinds and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 1 << 1000 else math.inf
         if type(value) not in self.kinds or (type(value) is float and not math.isfinite(value)):
             raise ValueError(self.wanted())
         get = self.limits.get

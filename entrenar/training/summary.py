@@ -36,7 +36,7 @@ def introduction(trainer: Trainer, here: machine.Machine) -> list[str]:
     if t.start_from:
         lines.insert(1, f"weights  those of {t.start_from}")
     if facts.skipped:
-        skipped = f"skipped  {len(facts.skipped)} files that are not UTF-8 text, e.g. {facts.skipped[0]}"
+        skipped = f"skipped  {facts.skipped_documents:,} files or rows that cannot be used, e.g. {facts.skipped[0]}"
         lines.insert(3, skipped)
     return lines
 
@@ -98,13 +98,13 @@ def visible(text: str) -> str:
 HARMLESS = "\n\t\u00a0\u202f\u3000\u200c\u200d"  # spaces and joiners that Python does not call printable
 
 FILES = (
-    ("report.html", "curves, samples, configuration, plan against measured: opens in a browser"),
+    ("report.html", "all of it on one page, for a browser"),
     ("curve.png", "the picture of the loss"),
-    (NEWEST, "weights, tokenizer, optimizer: transformers can load it"),
-    (BEST, "the one with the lowest held-out loss on the way"),
+    (NEWEST, "to go on from; transformers loads it"),
+    (BEST, "the lowest held-out loss on the way"),
     ("sample.txt", "the sample above"),
     ("metrics.jsonl", "every number of every step"),
-    ("config.toml", "this configuration, to run again or to change"),
+    ("config.toml", "every option, to run again or change"),
 )
 
 

@@ -68,7 +68,7 @@ class Outcome:
 BARE = re.compile(
     r"object has no attribute|object is not|unhashable|not supported between|invalid literal for|indices must be"
     r"|index out of range|out of bounds|Traceback|codec can't|unpack|NoneType|buffer size|reshape array|struct\.error"
-    r"|positional argument|recursion|could not convert|must be str|^'[^']*'$|\b[A-Z][a-z]+Error\b|math domain|cannot fit"
+    r"|positional argument|recursion|could not convert|must be str|^'[^']*'$|\b[A-Z][a-z]+Error\b|math domain"
 )
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from hostile.case import MIB, Case, Family, bytes_at, cuts, flips, not_files, put
 
 from entrenar.formats import FormatError
 from entrenar.formats.gguf import ALIGNMENT, ARRAY, GGUF, PLAIN, SCALARS, STRING, TYPES, Tensor, write_gguf
+from hostile.case import MIB, Case, Family, bytes_at, cuts, flips, not_files, put
 
 NAME = "model.gguf"
 HUGE = (2**31 - 1, 2**31, 2**32, 2**61, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1)
@@ -51,18 +51,40 @@ def info(name: str | bytes, shape: Sequence[int], code: int, offset: int, dimens
     return string(name) + struct.pack(f"<I{len(shape)}QIQ", count, *shape, code, offset)
 
 
-def file_of(keys: Sequence[bytes] = (), infos: Sequence[bytes] = (), data: bytes = b"", *, magic: bytes = b"GGUF",
-            version: int = 3, tensors: int | None = None, count: int | None = None) -> bytes:  # fmt: skip
-    head = magic + struct.pack("<IQQ", version, len(infos) if tensors is None else tensors,
-                               len(keys) if count is None else count) + b"".join(keys) + b"".join(infos)  # fmt: skip
+def file_of(
+    keys: Sequence[bytes] = (),
+    infos: Sequence[bytes] = (),
+    data: bytes = b"",
+    *,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    tensors: int | None = None,
+    count: int | None = None,
+) -> bytes:
+    head = (
+        magic
+        + struct.pack(
+            "<IQQ", version, len(infos) if tensors is None else tensors, len(keys) if count is None else count
+        )
+        + b"".join(keys)
+        + b"".join(infos)
+    )
     return head.ljust(-(-len(head) // ALIGNMENT) * ALIGNMENT, b"\0") + data
 
 
 def good() -> bytes:
-    metadata = {"general.architecture": "llama", "a": 1, "names": ["x", "yy"], "numbers": np.arange(3, dtype=np.float32),
-                "yes": True}  # fmt: skip
-    arrays = {"t": (np.ones((2, 32), np.float32), "Q8_0"), "u": (np.arange(3, dtype=np.float32), "F32"),
-              "v": (np.ones((2, 2), np.float32), "BF16")}  # fmt: skip
+    metadata = {
+        "general.architecture": "llama",
+        "a": 1,
+        "names": ["x", "yy"],
+        "numbers": np.arange(3, dtype=np.float32),
+        "yes": True,
+    }
+    arrays = {
+        "t": (np.ones((2, 32), np.float32), "Q8_0"),
+        "u": (np.arange(3, dtype=np.float32), "F32"),
+        "v": (np.ones((2, 2), np.float32), "BF16"),
+    }
     out = io.BytesIO()
     write_gguf(out, metadata, [Tensor(n, a.shape, kind, lambda a=a: a) for n, (a, kind) in arrays.items()])
     return out.getvalue()
@@ -129,26 +151,43 @@ def arrays() -> Iterator[Case]:
     for code in (*SCALARS, STRING, ARRAY):
         for count in (1, 2, *HUGE):
             yield case(f"{count} of type {code}", file_of([array(code, count)])[:49])
-            yield case(f"{count} of type {code}, room for some", file_of([array(code, count, bytes(5000))], data=b""),
-                       may_load=count < 3)  # fmt: skip
+            yield case(
+                f"{count} of type {code}, room for some",
+                file_of([array(code, count, bytes(5000))], data=b""),
+                may_load=count < 3,
+            )
     for code in (13, 99, 2**32 - 1):
         yield case(f"type {code}", file_of([array(code, 0)]), says=f"type {code}")
     for length in (5, *HUGE):
-        yield case(f"texts, the second of {length}", file_of([array(STRING, 2, string("a") + string("b", length))]),
-                   may_load=length == 5)  # fmt: skip
+        yield case(
+            f"texts, the second of {length}",
+            file_of([array(STRING, 2, string("a") + string("b", length))]),
+            may_load=length == 5,
+        )
     for depth in (2, 4, 5, 100, 10_000, 100_000):
         inner = struct.pack("<IQ", ARRAY, 1) * (depth - 1) + struct.pack("<IQ", 0, 1) + b"\7"
-        yield case(f"{depth:,} deep", file_of([key("k", ARRAY, inner)]), may_load=depth <= 4, says="" if depth <= 4 else "deep")
+        yield case(
+            f"{depth:,} deep",
+            file_of([key("k", ARRAY, inner)]),
+            may_load=depth <= 4,
+            says="" if depth <= 4 else "deep",
+        )
     yield case("truths that are none", file_of([array(7, 3, b"\0\1\2")]), says="neither 0 nor 1")
     yield case("2.5 million empty texts", file_of([array(STRING, 2_500_000, bytes(20_000_000))]))
     yield case("1.5 million empty arrays", file_of([array(ARRAY, 1_500_000, bytes(18_000_000))]), may_load=True)
     wide = struct.pack("<IQ", 0, 0) * 1000
-    yield case("arrays of arrays", file_of([array(ARRAY, 1000, (struct.pack("<IQ", ARRAY, 1000) + wide) * 1000)]), may_load=True)
+    yield case(
+        "arrays of arrays",
+        file_of([array(ARRAY, 1000, (struct.pack("<IQ", ARRAY, 1000) + wide) * 1000)]),
+        may_load=True,
+    )
 
 
 def alignment() -> Iterator[Case]:
     for value in (0, 3, 33, 2**31 + 1, 2**32 - 1):
-        yield case(f"{value}", file_of([key("general.alignment", 4, struct.pack("<I", value))]), says="general.alignment")
+        yield case(
+            f"{value}", file_of([key("general.alignment", 4, struct.pack("<I", value))]), says="general.alignment"
+        )
     for code, (name, letter) in SCALARS.items():
         if name != "uint32":
             yield case(f"as {name}", file_of([key("general.alignment", code, struct.pack("<" + letter, 1))]))
@@ -181,8 +220,12 @@ def tensors() -> Iterator[Case]:
         yield case(f"type {code}", one(info("t", (4,), code, 0)), says="unknown type")
     for code, kind in TYPES.items():
         if kind.block > 1:
-            yield case(f"{kind.name} in rows of {kind.block + 1}", one(info("t", (kind.block + 1,), code, 0)), says="block")
-        yield case(f"{kind.name} of 100,000 blocks", one(info("t", (kind.block * 100_000,), code, 0)), says="would end")
+            yield case(
+                f"{kind.name} in rows of {kind.block + 1}", one(info("t", (kind.block + 1,), code, 0)), says="block"
+            )
+        yield case(
+            f"{kind.name} of 100,000 blocks", one(info("t", (kind.block * 100_000,), code, 0)), says="would end"
+        )
     for offset in (1, 16, 31, 33, *HUGE):
         yield case(f"offset {offset}", one(info("t", (4,), 0, offset)), says="would end|does not divide")
     for last in (96, 128, 2**63):
@@ -217,8 +260,13 @@ def changed_numbers() -> Iterator[Case]:
 def other_things() -> Iterator[Case]:
     for name, write, system in not_files(NAME):
         yield Case(name, write, digest_of, system=system)
-    for name, raw in {"text": b"hello " * 100, "NULs": bytes(1000), "FFs": b"\xff" * 1000, "the magic alone": b"GGUF",
-                      "JSON": b'{"a": 1}' * 9}.items():  # fmt: skip
+    for name, raw in {
+        "text": b"hello " * 100,
+        "NULs": bytes(1000),
+        "FFs": b"\xff" * 1000,
+        "the magic alone": b"GGUF",
+        "JSON": b'{"a": 1}' * 9,
+    }.items():
         yield case(name, raw)
 
 
@@ -229,7 +277,15 @@ def harmless() -> Iterator[Case]:
 
 
 FAMILIES: dict[str, Family] = {
-    "cut short": cut_short, "start": start, "keys": keys, "arrays": arrays, "alignment": alignment, "tensors": tensors,
-    "values": values, "changed bytes": changed_bytes, "changed numbers": changed_numbers, "other things": other_things,
+    "cut short": cut_short,
+    "start": start,
+    "keys": keys,
+    "arrays": arrays,
+    "alignment": alignment,
+    "tensors": tensors,
+    "values": values,
+    "changed bytes": changed_bytes,
+    "changed numbers": changed_numbers,
+    "other things": other_things,
     "harmless": harmless,
-}  # fmt: skip
+}

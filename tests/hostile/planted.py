@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from hostile.case import Case, Family, bytes_at
-
 from entrenar.formats import FormatError
+from hostile.case import Case, Family, bytes_at
 
 
 def errors() -> tuple[type[BaseException], ...]:
@@ -114,4 +113,3 @@ def deaths() -> Iterator[Case]:
 
 
 FAMILIES: dict[str, Family] = {"faults": faults, "harmless": harmless, "deaths": deaths}
-

@@ -12,6 +12,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from entrenar import random
+from entrenar.formats import FormatError, safetensors
+from entrenar.llama import Llama, LlamaConfig
+from entrenar.llama.pretrained import CONFIG, INDEX, WEIGHTS, save_pretrained
 from hostile.case import (
     GONE,
     WHOLE,
@@ -27,13 +32,17 @@ from hostile.case import (
     short,
 )
 
-from entrenar import random
-from entrenar.formats import FormatError, safetensors
-from entrenar.llama import Llama, LlamaConfig
-from entrenar.llama.pretrained import CONFIG, INDEX, WEIGHTS, save_pretrained
-
-SHAPE = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, max_position_embeddings=16, bos_token_id=None, eos_token_id=None)  # fmt: skip
+SHAPE = LlamaConfig(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=16,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 Files = dict[str, bytes]
 
 
@@ -101,8 +110,16 @@ def config_cut_short() -> Iterator[Case]:
         yield case(name, {CONFIG: part}, equals=whole() if len(part) == len(raw) - 1 else None)  # the line's end
 
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 REALS = ("initializer_range", "rms_norm_eps", "rope_theta")
 TRUTHS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
@@ -123,28 +140,43 @@ def config_values() -> Iterator[Case]:
     for key in REALS:
         for what, value in others(None, 0, -1, -1e-6, *WORDS[1:2], *WORDS[4:]):
             yield case(f"{key} = {what}", {CONFIG: config_of(**{key: value})}, says=key)
-        yield case(f"{key} = 10^400", {CONFIG: config_of().replace(b"{", f'{{"{key}": {10**90}, "k": 1,'.encode(), 1)})
+        yield case(
+            f"{key} = 10^400", {CONFIG: config_of().replace(b"{", f'{{"{key}": {10**90}, "k": 1,'.encode(), 1)}
+        )
         yield case(f"{key} = 10^99", {CONFIG: config_of(**{key: 10**99})}, may_load=True)
     for key in TRUTHS:
         for what, value in others(False, 0, 1, "false", "true", [], {}, 0.0):
             yield case(f"{key} = {what}", {CONFIG: config_of(**{key: value})}, says=key)
         yield case(f"{key} = true", {CONFIG: config_of(**{key: True})})
     for key in ("bos_token_id", "eos_token_id"):
-        for what, value in others(None, -1, -(2**63), True, 1.5, "", "</s>", {}, {"a": 1}, [-1], [1.5], ["</s>"], [[1]]):
+        for what, value in others(
+            None, -1, -(2**63), True, 1.5, "", "</s>", {}, {"a": 1}, [-1], [1.5], ["</s>"], [[1]]
+        ):
             yield case(f"{key} = {what}", {CONFIG: config_of(**{key: value})}, says=key)
 
 
 def config_rope() -> Iterator[Case]:
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}  # fmt: skip
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     for key in ("rope_scaling", "rope_parameters"):
         for what, value in others(None, True, 1, 1.5, "llama3", [0], [scaling], {"a": 1}, {"factor": 8.0}):
             yield case(f"{key} = {what}", {CONFIG: _rope(key, value)}, says="rope")
         for name in scaling:
-            wrong = (None, 0, -1, True, "", "x", [], {}, [1]) if name != "rope_type" else (True, 1, "yarn", [], {}, "")
+            wrong = (
+                (None, 0, -1, True, "", "x", [], {}, [1]) if name != "rope_type" else (True, 1, "yarn", [], {}, "")
+            )
             for what, value in others(GONE, *wrong):
-                yield case(f"{key}.{name} = {what}", {CONFIG: _rope(key, scaling | {name: value})}, says="rope",
-                           may_load=value is None and name.startswith("original"))  # fmt: skip
+                yield case(
+                    f"{key}.{name} = {what}",
+                    {CONFIG: _rope(key, scaling | {name: value})},
+                    says="rope",
+                    may_load=value is None and name.startswith("original"),
+                )
         yield case(f"{key}: low above high", {CONFIG: _rope(key, scaling | {"low_freq_factor": 9})}, says="low_freq")
         yield case(f"{key}: unknown key", {CONFIG: _rope(key, scaling | {"beta_fast": 1})}, says="beta_fast")
         yield case(f"{key}: theta", {CONFIG: _rope(key, scaling | {"rope_theta": -1})}, says="rope_theta")
@@ -157,18 +189,60 @@ def _rope(key: str, value: Any) -> bytes:
 
 
 def config_of_others() -> Iterator[Case]:
-    kinds = ("gpt2", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "mixtral", "t5", "bert", "llama4",
-             "mllama", "deepseek_v3", "opt", "bloom", "mamba", "Llama", "llama ", "", None, 1, ["llama"], {})  # fmt: skip
+    kinds = (
+        "gpt2",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "phi",
+        "phi3",
+        "mixtral",
+        "t5",
+        "bert",
+        "llama4",
+        "mllama",
+        "deepseek_v3",
+        "opt",
+        "bloom",
+        "mamba",
+        "Llama",
+        "llama ",
+        "",
+        None,
+        1,
+        ["llama"],
+        {},
+    )
     for what, value in others("llama", *kinds, GONE):
         content = replaced(json.loads(config_of()), ("model_type",), value)
         yield case(f"model_type = {what}", {CONFIG: json.dumps(content).encode()}, says="model_type")
-    for what, value in others(None, "LlamaForCausalLM", [], ["MistralForCausalLM"], [None], {}, 1,
-                              ["LlamaForCausalLM", "X"], ["LlamaForSequenceClassification"]):  # fmt: skip
+    for what, value in others(
+        None,
+        "LlamaForCausalLM",
+        [],
+        ["MistralForCausalLM"],
+        [None],
+        {},
+        1,
+        ["LlamaForCausalLM", "X"],
+        ["LlamaForSequenceClassification"],
+    ):
         yield case(f"architectures = {what}", {CONFIG: config_of(architectures=value)}, says="architectures")
-    foreign = {"pretraining_tp": 2, "sliding_window": 4096, "partial_rotary_factor": 0.5, "rope_interleaved": True,
-               "quantization_config": {"load_in_4bit": True}, "compression_config": {}, "num_local_experts": 8,
-               "is_encoder_decoder": True, "add_cross_attention": 1.5, "hidden_act": "gelu",
-               "layer_types": ["sliding_attention"]}  # fmt: skip
+    foreign = {
+        "pretraining_tp": 2,
+        "sliding_window": 4096,
+        "partial_rotary_factor": 0.5,
+        "rope_interleaved": True,
+        "quantization_config": {"load_in_4bit": True},
+        "compression_config": {},
+        "num_local_experts": 8,
+        "is_encoder_decoder": True,
+        "add_cross_attention": 1.5,
+        "hidden_act": "gelu",
+        "layer_types": ["sliding_attention"],
+    }
     for key, value in foreign.items():
         yield case(f"{key} = {short(value)}", {CONFIG: config_of(**{key: value})}, says=key)
 
@@ -195,10 +269,34 @@ def index_places() -> Iterator[Case]:
     """Names of files that lead elsewhere, or are none."""
     where = json.loads(good(True)[INDEX])["weight_map"]
     first = next(iter(where))
-    names = ("", ".", "..", "/", "../model.safetensors", "../../etc/passwd", "/etc/passwd", "/dev/zero", "a/b.safetensors",
-             "..\\m.safetensors", "\0.safetensors", "m\0.safetensors", "~/m.safetensors", "m.bin", "pytorch_model.bin",
-             "M.SAFETENSORS", "\x1b[2J.safetensors", "m.safetensors\n", "*.safetensors", "$HOME.safetensors", "m safetensors",
-             "x" * 5000 + ".safetensors", "none.safetensors", "C:\\m.safetensors", CONFIG, *WORDS)  # fmt: skip
+    names = (
+        "",
+        ".",
+        "..",
+        "/",
+        "../model.safetensors",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "/dev/zero",
+        "a/b.safetensors",
+        "..\\m.safetensors",
+        "\0.safetensors",
+        "m\0.safetensors",
+        "~/m.safetensors",
+        "m.bin",
+        "pytorch_model.bin",
+        "M.SAFETENSORS",
+        "\x1b[2J.safetensors",
+        "m.safetensors\n",
+        "*.safetensors",
+        "$HOME.safetensors",
+        "m safetensors",
+        "x" * 5000 + ".safetensors",
+        "none.safetensors",
+        "C:\\m.safetensors",
+        CONFIG,
+        *WORDS,
+    )
     for what, name in others(where[first], *names):
         yield case(what, {INDEX: index_of(weight_map=where | {first: name})}, shards=True, names="model")
     for what, value in others(0, *WORDS, "model.safetensors", [list(where)]):
@@ -210,11 +308,13 @@ def index_content() -> Iterator[Case]:
     first, files = next(iter(where)), sorted(set(where.values()))
     other = next(file for file in files if file != where[first])
     wrong = {
-        "a tensor in another file": where | {first: other}, "a tensor too many": where | {"x": other},
+        "a tensor in another file": where | {first: other},
+        "a tensor too many": where | {"x": other},
         "a tensor too few": {name: file for name, file in where.items() if name != first},
-        "a name with an escape code": where | {"\x1b[2J": other}, "a long name": where | {"x" * 50_000: other},
+        "a name with an escape code": where | {"\x1b[2J": other},
+        "a long name": where | {"x" * 50_000: other},
         "100,000 tensors too many": where | {f"x{i}": other for i in range(100_000)},
-    }  # fmt: skip
+    }
     for name, places in wrong.items():
         yield case(name, {INDEX: index_of(weight_map=places)}, shards=True, names="model")
     for file in files:
@@ -248,31 +348,65 @@ def weights_not_finite() -> Iterator[Case]:
         for value in (np.nan, np.inf, -np.inf):
             changed = array.copy()
             changed.flat[-1] = value
-            yield case(f"{name}: {value}", {WEIGHTS: weights_of({name: changed})}, names="model", says=name)
-    for kind, value in ((ml_dtypes.bfloat16, np.nan), (np.float16, np.inf), (np.float64, 1e300), (np.float64, np.nan)):
+            yield case(
+                f"{name}: {value}",
+                {WEIGHTS: functools.partial(weights_of, {name: changed})},
+                names="model",
+                says=name,
+            )
+    for kind, value in (
+        (ml_dtypes.bfloat16, np.nan),
+        (np.float16, np.inf),
+        (np.float64, 1e300),
+        (np.float64, np.nan),
+    ):
         name = "model.norm.weight"
         with np.errstate(all="ignore"):
             changed = np.full(8, value, kind)
-        yield case(f"{np.dtype(kind).name}: {value}", {WEIGHTS: weights_of({name: changed})}, names="model", says=name)
+        yield case(
+            f"{np.dtype(kind).name}: {value}",
+            {WEIGHTS: functools.partial(weights_of, {name: changed})},
+            names="model",
+            says=name,
+        )
 
 
 def weights_of_another_model() -> Iterator[Case]:
     arrays = _arrays()
     for name, array in arrays.items():
-        yield case(f"without {name}", {WEIGHTS: weights_of({name: None})}, names="model", says=f"missing {name}")
+        yield case(
+            f"without {name}",
+            {WEIGHTS: functools.partial(weights_of, {name: None})},
+            names="model",
+            says=f"missing {name}",
+        )
         for what, other in {
-            "one row more": np.concatenate([array, array[:1]]), "one row less": array[:-1], "one dimension more": array[None],
-            "empty": array[:0], "one number": np.float32(1).reshape(()),
-        }.items():  # fmt: skip
-            yield case(f"{name}: {what}", {WEIGHTS: weights_of({name: other})}, names="model", says=name)
+            "one row more": np.concatenate([array, array[:1]]),
+            "one row less": array[:-1],
+            "one dimension more": array[None],
+            "empty": array[:0],
+            "one number": np.float32(1).reshape(()),
+        }.items():
+            yield case(
+                f"{name}: {what}", {WEIGHTS: functools.partial(weights_of, {name: other})}, names="model", says=name
+            )
         for kind in (np.int32, np.uint8, bool, np.int64, ml_dtypes.float8_e4m3fn):
             other = np.ones(array.shape, kind)
-            yield case(f"{name}: {np.dtype(kind)}", {WEIGHTS: weights_of({name: other})}, names="model", says="type")
+            yield case(
+                f"{name}: {np.dtype(kind)}",
+                {WEIGHTS: functools.partial(weights_of, {name: other})},
+                names="model",
+                says="type",
+            )
     for extra in ("x", "model.layers.2.mlp.up_proj.weight", "../x", "x" * 10_000, "model.norm.bias"):
-        yield case(f"with {short(extra)}", {WEIGHTS: weights_of({extra: np.ones(8, np.float32)})}, names="model",
-                   says="unexpected")  # fmt: skip
+        yield case(
+            f"with {short(extra)}",
+            {WEIGHTS: functools.partial(weights_of, {extra: np.ones(8, np.float32)})},
+            names="model",
+            says="unexpected",
+        )
     many = {f"x{i}": np.ones(1, np.float32) for i in range(20_000)}
-    yield case("with 20,000 more", {WEIGHTS: weights_of(many)}, names="model")
+    yield case("with 20,000 more", {WEIGHTS: functools.partial(weights_of, many)}, names="model")
     tied = {CONFIG: config_of(tie_word_embeddings=True)}
     yield case("tied, with another head", tied, names="model", says="lm_head.weight is not")
 
@@ -303,13 +437,22 @@ def harmless() -> Iterator[Case]:
     yield case("unknown keys", {CONFIG: config_of(use_cache=True, hello=[1, 2])}, equals=whole())
     yield case("a wrong total_size", {INDEX: index_of(metadata={"total_size": -1})}, shards=True, equals=whole())
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(1, np.float32)}
-    yield case("old files' frequencies", {WEIGHTS: weights_of(frequencies)}, equals=whole())
+    yield case("old files' frequencies", {WEIGHTS: functools.partial(weights_of, frequencies)}, equals=whole())
 
 
 FAMILIES: dict[str, Family] = {
-    "config.json: texts": config_texts, "config.json: cut short": config_cut_short, "config.json: sizes": config_sizes,
-    "config.json: values": config_values, "config.json: rope": config_rope, "config.json: others": config_of_others,
-    "index: texts": index_texts, "index: cut short": index_cut_short, "index: places": index_places,
-    "index: content": index_content, "weights: not finite": weights_not_finite,
-    "weights: another model's": weights_of_another_model, "other things": other_things, "harmless": harmless,
-}  # fmt: skip
+    "config.json: texts": config_texts,
+    "config.json: cut short": config_cut_short,
+    "config.json: sizes": config_sizes,
+    "config.json: values": config_values,
+    "config.json: rope": config_rope,
+    "config.json: others": config_of_others,
+    "index: texts": index_texts,
+    "index: cut short": index_cut_short,
+    "index: places": index_places,
+    "index: content": index_content,
+    "weights: not finite": weights_not_finite,
+    "weights: another model's": weights_of_another_model,
+    "other things": other_things,
+    "harmless": harmless,
+}

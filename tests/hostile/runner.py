@@ -79,8 +79,9 @@ def _worker(task: list[Any], errors: IO[bytes]) -> Iterator[tuple[Any, queue.Que
     """(the process, its lines as they come, and b"" when it is gone); killed at the end."""
     command = [sys.executable, "-m", "hostile.worker", *map(str, task)]
     environment = os.environ | {"PYTHONPATH": PATHS, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=errors)  # fmt: skip
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+    )
     lines: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:

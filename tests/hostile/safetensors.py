@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from entrenar.formats import FormatError
+from entrenar.formats.safetensors import SafeTensors
 from hostile.case import (
     GONE,
     MIB,
@@ -26,9 +28,6 @@ from hostile.case import (
     replaced,
     short,
 )
-
-from entrenar.formats import FormatError
-from entrenar.formats.safetensors import SafeTensors
 
 NAME = "model.safetensors"
 TENSORS: dict[str, Any] = {
@@ -60,7 +59,9 @@ def file_of(header: Any, data: bytes = DATA, length: int | None = None) -> bytes
 
 
 def case(name: str, header: Any, data: bytes = DATA, **more: Any) -> Case:
-    return Case(name, bytes_at(NAME, lambda: file_of(header() if callable(header) else header, data)), digest_of, **more)
+    return Case(
+        name, bytes_at(NAME, lambda: file_of(header() if callable(header) else header, data)), digest_of, **more
+    )
 
 
 GOOD = file_of(TENSORS)
@@ -96,15 +97,22 @@ def places() -> Iterator[Case]:
     """Every array inside the file, and yet not one after the other."""
 
     def placed(*spans: tuple[int, int], data: int = 32) -> Any:
-        tensors = {f"t{i}": {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for i, (a, b) in enumerate(spans)}
+        tensors = {
+            f"t{i}": {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for i, (a, b) in enumerate(spans)
+        }
         return file_of(tensors, bytes(data))
 
     layouts = {
-        "the same twice": [(0, 32), (0, 32)], "inside another": [(0, 32), (8, 16)], "overlap by one": [(0, 17), (16, 32)],
-        "a hole": [(0, 15), (16, 32)], "a hole at the start": [(1, 32)], "a hole at the end": [(0, 31)],
-        "an empty one beyond the end": [(0, 32), (33, 33)], "an empty one inside another": [(0, 32), (16, 16)],
+        "the same twice": [(0, 32), (0, 32)],
+        "inside another": [(0, 32), (8, 16)],
+        "overlap by one": [(0, 17), (16, 32)],
+        "a hole": [(0, 15), (16, 32)],
+        "a hole at the start": [(1, 32)],
+        "a hole at the end": [(0, 31)],
+        "an empty one beyond the end": [(0, 32), (33, 33)],
+        "an empty one inside another": [(0, 32), (16, 16)],
         "none, and data": [],
-    }  # fmt: skip
+    }
     for name, spans in layouts.items():
         yield Case(name, bytes_at(NAME, placed(*spans)), digest_of, says="overlaps|begins|follow|wanted begin")
     yield Case("an empty one at the end", bytes_at(NAME, placed((0, 32), (32, 32))), digest_of, may_load=True)
@@ -116,20 +124,60 @@ def shapes() -> Iterator[Case]:
         for i, true in enumerate(TENSORS[name]["shape"]):
             for what, value in others(true, *WHOLE, true - 1, true + 1, *WORDS, float(true), str(true)):
                 yield case(f"{name}[{i}] = {what}", replaced(TENSORS, (name, "shape", i), value))
-    products = ([2**32, 2**32], [2**31, 2**31, 4], [2**63], [2**64 - 6], [-2, -3], [-1], [2**62, 4, 0, 7], [3, 2, 2],
-                [], [6, 1, 0], [2**40] * 1000, [10**90] * 3, [2, 3, 2**64], [[2, 3]], {"0": 6}, *WORDS)  # fmt: skip
+    products = (
+        [2**32, 2**32],
+        [2**31, 2**31, 4],
+        [2**63],
+        [2**64 - 6],
+        [-2, -3],
+        [-1],
+        [2**62, 4, 0, 7],
+        [3, 2, 2],
+        [],
+        [6, 1, 0],
+        [2**40] * 1000,
+        [10**90] * 3,
+        [2, 3, 2**64],
+        [[2, 3]],
+        {"0": 6},
+        *WORDS,
+    )
     for what, value in others(0, *products):
         yield case(f"a = {what}", replaced(TENSORS, ("a", "shape"), value))
     for count in (65, 10_000, 300_000):
-        yield case(f"{count:,} dimensions", replaced(TENSORS, ("a", "shape"), [2, 3] + [1] * count), says="dimensions")
+        yield case(
+            f"{count:,} dimensions", replaced(TENSORS, ("a", "shape"), [2, 3] + [1] * count), says="dimensions"
+        )
     empty = {"dtype": "F32", "data_offsets": [32, 32]}
     for shape in ([0, 2**62], [2**62, 0], [2**40, 2**40, 0], [0] * 64, [0]):
         yield case(f"empty {short(shape)}", TENSORS | {"e": empty | {"shape": shape}}, may_load=True)
 
 
 def types() -> Iterator[Case]:
-    words = ("f32", "F32 ", " F32", "", "F", "F128", "F64", "F16", "I4", "U4", "F4", "F8", "F8_E8M0", "float32", "pt",
-             "BOOL", "F32\0", "C64", "O", "<f4", "object", "x" * 100_000)  # fmt: skip
+    words = (
+        "f32",
+        "F32 ",
+        " F32",
+        "",
+        "F",
+        "F128",
+        "F64",
+        "F16",
+        "I4",
+        "U4",
+        "F4",
+        "F8",
+        "F8_E8M0",
+        "float32",
+        "pt",
+        "BOOL",
+        "F32\0",
+        "C64",
+        "O",
+        "<f4",
+        "object",
+        "x" * 100_000,
+    )
     for what, value in others("F32", *words, *WORDS, GONE):
         yield case(what, replaced(TENSORS, ("a", "dtype"), value))
 
@@ -147,10 +195,22 @@ def entries() -> Iterator[Case]:
 
 
 def metadata() -> Iterator[Case]:
-    for value in (None, True, 1, "", "pt", [], ["format"], {"format": 1}, {"format": None}, {"format": {"a": "b"}},
-                  {"format": ["pt"]}):  # fmt: skip
-        yield case(f"{short(value)} {type(value).__name__}", replaced(TENSORS, ("__metadata__",), value),
-                   says="__metadata__")  # fmt: skip
+    for value in (
+        None,
+        True,
+        1,
+        "",
+        "pt",
+        [],
+        ["format"],
+        {"format": 1},
+        {"format": None},
+        {"format": {"a": "b"}},
+        {"format": ["pt"]},
+    ):
+        yield case(
+            f"{short(value)} {type(value).__name__}", replaced(TENSORS, ("__metadata__",), value), says="__metadata__"
+        )
     for name, text in ("10 MB", "x" * 10 * MIB), ("escape codes", "\x1b[2J\0"):
         yield case(f"a text of {name}", replaced(TENSORS, ("__metadata__", "format"), text), may_load=True)
 
@@ -211,10 +271,15 @@ def other_things() -> Iterator[Case]:
     for name, write, system in not_files(NAME):
         yield Case(name, write, digest_of, system=system)
     for name, raw in {
-        "text": b"hello " * 100, "a GGUF file": b"GGUF" + bytes(100), "a zip": b"PK\3\4" + bytes(100), "NULs": bytes(1000),
-        "a pickle": b"\x80\x02}q\x00." * 20, "HTML": b"<!DOCTYPE html><html>" * 20, "FFs": b"\xff" * 1000,
+        "text": b"hello " * 100,
+        "a GGUF file": b"GGUF" + bytes(100),
+        "a zip": b"PK\3\4" + bytes(100),
+        "NULs": bytes(1000),
+        "a pickle": b"\x80\x02}q\x00." * 20,
+        "HTML": b"<!DOCTYPE html><html>" * 20,
+        "FFs": b"\xff" * 1000,
         "an LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1000\n",
-    }.items():  # fmt: skip
+    }.items():
         yield Case(name, bytes_at(NAME, raw), digest_of)
 
 
@@ -223,11 +288,14 @@ def harmless() -> Iterator[Case]:
     whole = _digest()
     header = json.dumps(TENSORS).encode()
     for name, raw in {
-        "as it is": GOOD, "more padding": file_of(header + b" " * 64), "no padding": len(header).to_bytes(8, "little")
-        + header + DATA, "escapes": file_of(header.replace(b'"a"', b'"\\u0061"')), "indented": file_of(
-            json.dumps(TENSORS, indent=4).encode()), "no metadata": file_of(replaced(TENSORS, ("__metadata__",), GONE)),
-        "another order of keys": file_of(dict(reversed(TENSORS["a"].items())) and TENSORS),
-    }.items():  # fmt: skip
+        "as it is": GOOD,
+        "more padding": file_of(header + b" " * 64),
+        "no padding": len(header).to_bytes(8, "little") + header + DATA,
+        "escapes": file_of(header.replace(b'"a"', b'"\\u0061"')),
+        "indented": file_of(json.dumps(TENSORS, indent=4).encode()),
+        "no metadata": file_of(replaced(TENSORS, ("__metadata__",), GONE)),
+        "another order of keys": file_of({name: dict(reversed(entry.items())) for name, entry in TENSORS.items()}),
+    }.items():
         yield Case(name, bytes_at(NAME, raw), digest_of, equals=whole)
 
 
@@ -239,8 +307,19 @@ def _digest() -> str:
 
 
 FAMILIES: dict[str, Family] = {
-    "cut short": cut_short, "too long": too_long, "length of the header": length_of_the_header, "offsets": offsets,
-    "places": places, "shapes": shapes, "types": types, "entries": entries, "metadata": metadata, "names": names,
-    "texts": texts, "big headers": big_headers, "changed bytes": changed_bytes, "other things": other_things,
+    "cut short": cut_short,
+    "too long": too_long,
+    "length of the header": length_of_the_header,
+    "offsets": offsets,
+    "places": places,
+    "shapes": shapes,
+    "types": types,
+    "entries": entries,
+    "metadata": metadata,
+    "names": names,
+    "texts": texts,
+    "big headers": big_headers,
+    "changed bytes": changed_bytes,
+    "other things": other_things,
     "harmless": harmless,
-}  # fmt: skip
+}

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from hostile.case import MIB, Case, Family, bytes_at, cuts, flips, not_files, put
 
 from entrenar.data.tokenfile import HEADER, MAGIC, SEALED, VERSION, open_tokens, read_header
 from entrenar.formats import FormatError
+from hostile.case import MIB, Case, Family, bytes_at, cuts, flips, not_files, put
 
 NAME = "train.tokens"
 IDS = np.arange(0, 300, 15, np.uint16)
@@ -25,12 +25,28 @@ def digest_of(path: Path) -> str:
     return f"{header} {open_tokens(path).tolist()}"
 
 
-def file_of(ids: np.ndarray = IDS, *, magic: bytes = MAGIC, version: int = VERSION, width: int = 2, count: int | None = None,
-            vocab: int = 300) -> bytes:  # fmt: skip
+def file_of(
+    ids: np.ndarray = IDS,
+    *,
+    magic: bytes = MAGIC,
+    version: int = VERSION,
+    width: int = 2,
+    count: int | None = None,
+    vocab: int = 300,
+) -> bytes:
     """A file whose hashes are right, whatever else it says."""
     content = ids.tobytes()
-    head = HEADER.pack(magic, version, width, len(ids) if count is None else count, vocab, bytes(16), bytes(16),
-                       hashlib.sha256(content).digest(), bytes(32))[:SEALED]  # fmt: skip
+    head = HEADER.pack(
+        magic,
+        version,
+        width,
+        len(ids) if count is None else count,
+        vocab,
+        bytes(16),
+        bytes(16),
+        hashlib.sha256(content).digest(),
+        bytes(32),
+    )[:SEALED]
     return head + hashlib.sha256(head).digest() + content
 
 
@@ -59,10 +75,12 @@ LONG = (0, 1, 19, 21, 2**31, 2**32, 2**63 - 20, 2**63 - 1, 2**63, 2**64 - 128, 2
 
 def header_fields() -> Iterator[Case]:
     """Each number of the header, sealed anew and not."""
-    for what, at, size, values in (("version", 8, 4, (0, 2, 255, 2**31, 2**32 - 1)),
-                                   ("width", 12, 4, (0, 1, 3, 4, 8, 2**31, 2**32 - 1)),
-                                   ("count", 16, 8, LONG),
-                                   ("vocabulary", 24, 8, (0, 1, 285, 2**16 + 1, *LONG[4:]))):  # fmt: skip
+    for what, at, size, values in (
+        ("version", 8, 4, (0, 2, 255, 2**31, 2**32 - 1)),
+        ("width", 12, 4, (0, 1, 3, 4, 8, 2**31, 2**32 - 1)),
+        ("count", 16, 8, LONG),
+        ("vocabulary", 24, 8, (0, 1, 285, 2**16 + 1, *LONG[4:])),
+    ):
         for value in values:
             raw = put(GOOD, at, value.to_bytes(size, "little"))
             yield case(f"{what} = {value}", raw)
@@ -112,8 +130,13 @@ def changed_bytes() -> Iterator[Case]:
 def other_things() -> Iterator[Case]:
     for name, write, system in not_files(NAME):
         yield Case(name, write, digest_of, system=system)
-    for name, raw in {"text": b"hello " * 100, "NULs": bytes(1000), "FFs": b"\xff" * 1000, "flat ids": IDS.tobytes(),
-                      "NumPy": b"\x93NUMPY" + bytes(200)}.items():  # fmt: skip
+    for name, raw in {
+        "text": b"hello " * 100,
+        "NULs": bytes(1000),
+        "FFs": b"\xff" * 1000,
+        "flat ids": IDS.tobytes(),
+        "NumPy": b"\x93NUMPY" + bytes(200),
+    }.items():
         yield case(name, raw)
 
 
@@ -124,7 +147,13 @@ def harmless() -> Iterator[Case]:
 
 
 FAMILIES: dict[str, Family] = {
-    "cut short": cut_short, "too long": too_long, "header fields": header_fields, "hashes": hashes,
-    "ids out of range": ids_out_of_range, "wrong widths": wrong_widths, "changed bytes": changed_bytes,
-    "other things": other_things, "harmless": harmless,
-}  # fmt: skip
+    "cut short": cut_short,
+    "too long": too_long,
+    "header fields": header_fields,
+    "hashes": hashes,
+    "ids out of range": ids_out_of_range,
+    "wrong widths": wrong_widths,
+    "changed bytes": changed_bytes,
+    "other things": other_things,
+    "harmless": harmless,
+}

@@ -1,7 +1,7 @@
 """Runs the cases of one module, one after the other, and writes a line of JSON before and after each.
 
-    python -m hostile.worker MODULE MOST FIRST HANG     MOST cases per family (0: all), from number FIRST on, each at
-                                                        most HANG seconds
+python -m hostile.worker MODULE MOST FIRST HANG     MOST cases per family (0: all), from number FIRST on, each at
+                                                    most HANG seconds
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def main(name: str, most: int, first: int, hang: float) -> None:
     _tell(out, done=True)
 
 
-def _try(case: Case, errors: tuple[type[BaseException], ...], folder: Path, noise: IO[bytes],
-         hang: float) -> Outcome:  # fmt: skip
+def _try(case: Case, errors: tuple[type[BaseException], ...], folder: Path, noise: IO[bytes], hang: float) -> Outcome:
     folder.mkdir()
     path = case.write(folder)
     gc.collect()
