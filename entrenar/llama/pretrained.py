@@ -117,7 +117,9 @@ def _open_shards(folder: Path, opened: contextlib.ExitStack) -> dict[str, SafeTe
     wrong = [f"{_shown(tensor)} is not in {file}" for tensor, file in where.items() if tensor not in files[file]]
     for name, file in files.items():
         extra = (tensor for tensor in file if where.get(tensor) != name and not COMPUTED.fullmatch(tensor))
-        wrong += [f"{name} has {_shown(tensor)}, by the index in {where.get(tensor, 'no file')}" for tensor in extra]
+        wrong += [
+            f"{name} has {_shown(tensor)}, which the index puts in {where.get(tensor, 'no file')}" for tensor in extra
+        ]
     if wrong:
         raise _refusal(folder / INDEX, "does not say what the files hold", wrong)
     return {tensor: files[file] for tensor, file in where.items()}
