@@ -66,6 +66,9 @@ def test_a_llama2c_file_is_written_and_a_tokenizer_it_cannot_use_is_said(source,
     assert (import_llama2c(out).state_dict()[weight] == model.state_dict()[weight]).all()
     assert "no tokenizer.bin: llama2.c's programs can only use" in capsys.readouterr().out
     assert not (tmp_path / "tokenizer.bin").exists()
+    assert main(["generate", str(out), "--prompt", "x"]) == 2
+    told = capsys.readouterr().err
+    assert f"{out}: has no tokenizer beside it; put the model's tokenizer.json" in told and str(tmp_path) in told
 
 
 def test_a_tokenizer_of_llama2s_layout_is_written_beside_the_llama2c_file(tmp_path, capsys):

@@ -511,6 +511,7 @@ def test_a_run_made_longer_and_stopped_again_remembers_how_long_it_is(wanted, ca
         assert resume("run", "--training.steps=12") == 130
     assert resume("run") == 0
     assert bits("run") == bits("whole") and bits("run")["step"] == "step-000012"
+    assert [e["config"]["training"]["steps"] for e in events("run", "resume")] == [12, 12], "as the report shows it"
 
 
 def test_a_run_whose_clock_chose_the_steps_can_be_made_longer(capsys, clock):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrenar.data import Tokenizer, load_tokenizer
+from entrenar.data import Tokenizer, TokenizerError, load_tokenizer
 from entrenar.formats import FormatError
 from entrenar.formats.strict_json import read_object
 from entrenar.llama import Llama
@@ -63,7 +63,7 @@ def open_model(path: str | Path, *, warn: Callable[[str], None] = lambda text: N
     path = Path(path).expanduser()
     if path.is_file():
         model, folder = _read_file(path), path.parent
-        tokenizer = _tokenizer_beside(folder)
+        tokenizer = _tokenizer_beside(path)
         ends = [] if tokenizer.begin_id is None else [tokenizer.begin_id]  # llama2.c's texts end where the next begins
         context = model.config.max_position_embeddings
     else:
@@ -114,11 +114,19 @@ def _read_file(path: Path) -> Llama:
     return import_llama2c(path)
 
 
-def _tokenizer_beside(folder: Path) -> Tokenizer:
-    """tokenizer.json or tokenizer.model; of a llama2.c file, without them, tokenizer.bin."""
-    known = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    if known or not (folder / "tokenizer.bin").is_file():
+def _tokenizer_beside(path: Path) -> Tokenizer:
+    """Of a llama2.c file: tokenizer.json or tokenizer.model beside it; without them, tokenizer.bin.
+
+    Raises TokenizerError where there is none of them.
+    """
+    folder = path.parent
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return load_tokenizer(folder)
+    if not (folder / "tokenizer.bin").is_file():
+        raise TokenizerError(
+            f"{path}: has no tokenizer beside it; put the model's tokenizer.json, tokenizer.model or tokenizer.bin "
+            f"into {folder.absolute()}"
+        )
     from entrenar.convert.llama2c import import_tokenizer
 
     return import_tokenizer(folder / "tokenizer.bin")

@@ -169,7 +169,8 @@ class LivePanel:
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
         before, self.task = self.task, f"{what} {done}/{total}" if total else what
         if self.heading is None:
-            self.console.print(f"[dim]{_plain(what)}[/]")
+            if what:
+                self.console.print(f"[dim]{_plain(what)}[/]")
         else:
             self._draw(now=before.split(" ")[0] != what.split(" ")[0])
 

@@ -156,7 +156,8 @@ def _go_on(config: Config, run: Path, saved: Checkpoint, display: Display, stack
     keep_config(config, run)  # what was changed on the way holds for the next resume too
     for name in clean(run, trainer.step):
         trainer.warn(f"{name} is not whole; it was set aside as {name}.broken")
-    trainer.log("resume", time=now(), step=trainer.step, checkpoint=saved.folder.name, machine=asdict(here), plan=plan)
+    trainer.log("resume", time=now(), step=trainer.step, checkpoint=saved.folder.name, config=config.sections(),
+                machine=asdict(here), plan=plan)  # fmt: skip
     display.note(f"resuming {run} after step {trainer.step:,}")
     if trainer.step >= trainer.steps:
         display.note(f"all {trainer.steps:,} steps are done; --training.steps makes it longer")
@@ -363,13 +364,13 @@ def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
 
 def must_be_the_same_run(config: Config, saved: Checkpoint, run: Path) -> None:
     """Raises ConfigError where the run's config.toml was edited in what cannot change on the way."""
-    was: dict[str, Any] = saved.state["config"]
+    current = config.sections()
     edited = [
-        f"{section}.{name} = {value} (was {was.get(section, {}).get(name)})"
-        for section, values in config.sections().items()
+        f"{section}.{name} = {current[section][name]} (was {value})"
+        for section, values in saved.state.get("config", {}).items()
         for name, value in values.items()
         if not may_change(f"{section}.{name}") and f"{section}.{name}" != "training.budget"
-        and value != was.get(section, {}).get(name)
+        and current.get(section, {}).get(name, value) != value
     ]  # fmt: skip
     if edited:
         told = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if len(edited) > 3 else "")
