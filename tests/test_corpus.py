@@ -1,5 +1,6 @@
 """Sources and documents: what is read, from which kinds of file, which side it goes to, and what is refused."""
 
+import errno
 import gzip
 import io
 import json
@@ -513,3 +514,25 @@ def test_a_tokenizer_learns_from_all_of_a_small_text_and_a_share_of_a_large_one(
     chosen = sample(sources, found, held_out=0.05)
     assert 1000 < sum(map(len, chosen)) <= 2000
     assert all(piece in whole for piece in chosen) and "line 180" in "".join(chosen), "from all over the text"
+
+
+def test_no_source_at_all_is_not_this_folder():
+    with pytest.raises(CorpusError, match="data.source is empty"):
+        find_sources("")
+
+
+def test_a_folder_inside_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Root may read everything: the refusal is planted."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "a.txt").write_text("text\n")
+    (tmp_path / "shut").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(CorpusError, match="cannot read the folder .*shut: Permission denied; what is in it"):
+        find_sources(str(tmp_path))

@@ -391,6 +391,22 @@ def test_a_disk_that_becomes_read_only_stops_the_run(small_disk, capsys):
     assert load_checkpoint(run).state["step"] == 4
 
 
+def test_a_run_whose_folder_is_removed_says_so(capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        from entrenar.training.trainer import Trainer
+
+        between = Trainer._between_steps
+
+        def remove(self):
+            if self.step == 6:
+                shutil.rmtree("run")
+            between(self)
+
+        patch.setattr(Trainer, "_between_steps", remove)
+        assert train("run") == 1
+    assert "the run's folder was removed while it trained" in capsys.readouterr().err
+
+
 # Numbers that are none
 
 

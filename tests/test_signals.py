@@ -71,3 +71,15 @@ def test_outside_the_main_thread_nothing_changes():
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        requests = Requests()
+        with listening(requests):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not requests.stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -86,6 +86,8 @@ def find_sources(source: str) -> Sources:
         path, content = _standard_input()
         return Sources(source, (SourceFile(STDIN_NAME, path, STDIN[source]),), content)
     path = Path(os.path.expanduser(source))
+    if not source:
+        raise CorpusError("data.source is empty: wanted a text file, a folder ('.' is this one), a glob pattern or '-'")
     if path.is_file():
         return Sources(source, (source_file(path.name, path),))
     if path.is_dir():
@@ -159,8 +161,14 @@ def _stdlib_files() -> tuple[SourceFile, ...]:
 
 
 def _files_below(root: Path) -> tuple[SourceFile, ...]:
+    def unreadable(error: OSError) -> None:
+        raise CorpusError(
+            f"data.source: cannot read the folder {printable(error.filename)}: {error.strerror}; what is in it would "
+            "be missing: let it be read, or name what you mean by a glob pattern"
+        )
+
     files = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=unreadable):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     return _named(root, [path for path in files if path.is_file()])

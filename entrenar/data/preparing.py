@@ -67,7 +67,7 @@ def prepare(source: str, *, tokenizer: str = "bpe", vocab_size: int = 2048, held
             _sweep(entries)
             return made
         except _Unwritable as error:
-            say(f"prepared data is not kept for the next run: {error}", 0, 0)
+            say(f"prepared data is not kept for the next run: {error.strerror}", 0, 0)
     if into is not None:
         return _prepared_in(Path(into), job)
     temporary = tempfile.TemporaryDirectory(prefix="entrenar-")

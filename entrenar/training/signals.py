@@ -59,6 +59,8 @@ def listening(requests: Requests) -> Iterator[None]:
         requests.save = True
 
     handlers = dict.fromkeys(ENDING, end) | {signal.SIGUSR1: save}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the terminal may go
+        del handlers[signal.SIGHUP]
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

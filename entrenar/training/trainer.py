@@ -8,6 +8,7 @@ Knows nothing of command lines (cli/) and of how a run begins and ends (job.py),
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -268,6 +269,8 @@ class Trainer:
         self.display.doing("saving a checkpoint")
         start, self.requests.save = time.perf_counter(), False
         self.metrics.flush()
+        if os.fstat(self.metrics.fileno()).st_nlink == 0:
+            raise OSError(errno.ENOENT, "the run's folder was removed while it trained", str(self.run))
         os.fsync(self.metrics.fileno())
         folder = save_step(
             self.run,
