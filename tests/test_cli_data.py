@@ -10,6 +10,7 @@ import pytest
 from entrenar.cli import data as verb
 from entrenar.cli import main
 from entrenar.data import IGNORE, Batches, evaluation_windows, prepare
+from entrenar.training import progress
 from entrenar.training.config import read_config
 from entrenar.training.evaluate import stride_of
 
@@ -167,9 +168,9 @@ def test_without_a_cache_show_leaves_nothing_behind(capsys, text, tmp_path, monk
 def test_progress_is_a_line_per_task_and_every_five_seconds(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    progress = verb.Progress(stream := io.StringIO())
+    lines = progress.Progress(stream := io.StringIO())
     for done in range(0, 22):
-        progress.doing("encoding", done * 10**6, 21 * 10**6)
+        lines.doing("encoding", done * 10**6, 21 * 10**6)
         now[0] += 1
     assert stream.getvalue().splitlines() == [
         "# encoding",
@@ -180,7 +181,7 @@ def test_progress_is_a_line_per_task_and_every_five_seconds(monkeypatch):
 def test_on_a_terminal_progress_is_a_bar_that_goes(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with verb.Bars(stream := io.StringIO()) as bars:
+    with progress.Bars(stream := io.StringIO()) as bars:
         bars.doing("waiting for [another] run")
         bars.doing("encoding", 0, 10**6)
         bars.doing("encoding", 500_000, 10**6)

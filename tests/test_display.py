@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from entrenar.observe.charts import apart, ticks
-from entrenar.training.curve import Curve, render, smooth, thin
+from entrenar.training.curve import Curve, render, smooth
 from entrenar.training.display import (
     Heading,
     HeldOut,
@@ -189,7 +189,6 @@ def test_smoothing_keeps_lines_and_levels():
     assert smooth(flat) == flat
     rising = [(i, float(i)) for i in range(100)]
     assert [y for _, y in smooth(rising)][:90] == pytest.approx([float(i) for i in range(90)])
-    assert len(thin(POINTS, 100)) == 100
 
 
 def test_labels_move_apart_and_keep_their_order():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from entrenar import random
+from entrenar.data import IGNORE
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.observe.finite import FiniteWatch, NonFinite, Replay, explain, first_nonfinite
 from entrenar.ops.elementwise import Mul
@@ -68,7 +69,36 @@ def test_a_loss_that_overflows_names_its_token(model, ids):
     assert "LinearCrossEntropy" in text and "(forward)" in text and "row 1, token 1 (id 0)" in text
 
 
+def test_the_step_is_computed_again_as_it_was(model, ids):
+    """The gradient of the sum over all tokens overflows here, that of their mean, which was the step's, does not."""
+    model.model.layers[0].mlp.down_proj.weight.data[:] = 0
+    model.model.layers[0].input_layernorm.weight.data[:] = 0
+    o_proj = model.model.layers[0].self_attn.o_proj.weight
+    model.lm_head.weight.data *= 100  # so that the gradient that comes back is large enough
+    tokens, found = ids.size, []
+    for exponent in np.arange(36, 38.4, 0.1):
+        o_proj.data[:] = 10**exponent
+        model.zero_grad()
+        loss = model.loss(ids, np.roll(ids, -1, axis=1), reduction="sum")
+        with np.errstate(all="ignore"):
+            loss.backward(np.full(loss.shape, 1 / tokens, loss.dtype))
+        sound = all(first_nonfinite(p.grad) is None for p in model.parameters() if p.grad is not None)
+        found.append(sound)
+        assert ("every value is finite" in explain(model, replay(ids))) == sound
+    assert True in found and False in found
+
+
+def test_a_token_that_is_ignored_is_not_named(model, ids):
+    model.model.norm.weight.data[:] = 1e19
+    model.lm_head.weight.data[:] = 0
+    model.lm_head.weight.data[7] = 1e30
+    targets = np.roll(ids, -1, axis=1)
+    targets[0, :3] = IGNORE
+    assert "row 1, token 4 (id 3)" in explain(model, replay(ids, targets))
+
+
 def test_a_gradient_that_overflows_is_found_in_backward(model, ids):
+    model.lm_head.weight.data *= 100
     model.model.layers[0].mlp.down_proj.weight.data[:] = 0  # forward stays small, whatever goes in
     model.model.layers[0].input_layernorm.weight.data[:] = 0
     text = None

@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from entrenar.cli.configuration import Override, add_config
 from entrenar.cli.parser import CommandLineError
 from entrenar.cli.terminal import colours, facts, visible
+from entrenar.training.progress import Bars, Progress
 
 if TYPE_CHECKING:
     from entrenar.data import Prepared, Tokenizer
@@ -47,7 +48,6 @@ PREPARE_EXAMPLE = """example:
   entrenar data prepare --data.source corpus.jsonl.gz --data.vocab_size 8192
 
 A preparation that was stopped goes on where it was when it is started again."""
-EVERY = 5.0  # seconds between lines of progress where no terminal is
 PENDING = "\N{MIDDLE DOT}"  # a token that ends inside a character
 SHADES = ("black on bright_cyan", "black on cyan")
 DIM = ("bright_black", "bright_black italic")
@@ -282,68 +282,6 @@ def _prepared(config: Config, temporary: Path, progress: Progress) -> Prepared:
     return prepared(config, temporary, progress)  # type: ignore[arg-type]
 
 
-class Progress:
-    """Where the preparation stands, in plain lines: one for each task, and one every EVERY seconds."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = sys.stderr if stream is None else stream
-        self.task, self.told = "", 0.0
-
-    def doing(self, what: str, done: int = 0, total: int = 0) -> None:
-        now = time.monotonic()
-        if what != self.task or total and now - self.told >= EVERY:
-            self.task, self.told = what, now
-            part = f": {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {done / total:.0%}" if total and done else ""
-            print(f"# {visible(what)}{part}", file=self.stream, flush=True)
-
-    def close(self) -> None:
-        pass
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-class Bars(Progress):
-    """The same as a bar on a terminal, gone in the end."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-        from rich.progress import Progress as RichProgress
-
-        super().__init__(stream)
-        # rich draws at each refresh(), not in a thread of its own: that would take time from the tokenizer
-        self.bars = RichProgress(
-            TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            TimeRemainingColumn(), console=Console(file=self.stream), transient=True, auto_refresh=False,
-        )  # fmt: skip
-        self.bar: Any = None
-        self.bars.start()
-
-    def doing(self, what: str, done: int = 0, total: int = 0) -> None:
-        if what != self.task:
-            self.task = what
-            self._take_away()
-            if not total:
-                self.bars.console.print(visible(what), style="dim", markup=False)
-        if total and self.bar is None:
-            self.bar = self.bars.add_task(visible(what), total=total)
-        if self.bar is not None:
-            self.bars.update(self.bar, completed=done)
-            self.bars.refresh()
-
-    def _take_away(self) -> None:
-        if self.bar is not None:
-            self.bars.remove_task(self.bar)
-            self.bar = None
-
-    def close(self) -> None:
-        self.bars.stop()
-
-
 def make_progress() -> Progress:
     """Bars where standard error is a terminal that can draw, lines otherwise."""
-    return Bars() if colours(sys.stderr) else Progress()
+    return Bars(sys.stderr) if colours(sys.stderr) else Progress(sys.stderr)

@@ -5,14 +5,36 @@ Knows nothing of models, tokenizers or training.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 
 class FormatError(ValueError):
     """A file is not what it should be; the message says which file, where in it, what came and what was wanted."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: its type by the format's own name, its shape, and the bytes start..end it fills there."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def size(self) -> int:
+        """How many elements."""
+        return math.prod(self.shape)
 
 
 def open_regular(path: str | Path) -> tuple[BinaryIO, int]:

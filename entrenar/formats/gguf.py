@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from entrenar.formats import FormatError, open_regular, short
+from entrenar.formats import Entry, FormatError, open_regular, short
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 STRING, ARRAY = 8, 9
@@ -65,21 +65,6 @@ TYPES = {
 }  # fmt: skip
 CODES = {kind.name: code for code, kind in TYPES.items()}
 PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a file: its type's name, its shape, and the bytes of the file it fills."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from entrenar.formats import FormatError, open_regular, short, strict_json
+from entrenar.formats import Entry, FormatError, open_regular, short, strict_json
 
 HEADER_LIMIT = 16 * 1000**2  # bytes, a sixth of the library's own limit: read, it may take ten times as much memory
 DIMENSIONS = 64  # NumPy's limit
@@ -42,26 +41,6 @@ DTYPES = {
 }  # fmt: skip
 WORDS = {name: word for word, (_, name) in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One array of a file: its name, type (safetensors' word), shape, and the bytes start..end of the file it fills."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-    @property
-    def size(self) -> int:
-        """How many elements."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

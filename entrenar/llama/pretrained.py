@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from entrenar.files import new_folder
-from entrenar.formats import FormatError, safetensors, short
+from entrenar.formats import Entry, FormatError, safetensors, short
 from entrenar.formats.safetensors import SafeTensors
 from entrenar.formats.strict_json import read_object
 from entrenar.llama.config import LlamaConfig
@@ -165,7 +165,7 @@ def _check_tensors(folder: Path, config: LlamaConfig, own: Mapping[str, Tensor],
         raise _refusal(folder, f"the files do not hold the {len(own)} tensors {CONFIG} describes", wrong)
 
 
-def _unexpected(entry: safetensors.Entry, config: LlamaConfig, files: Mapping[str, SafeTensors]) -> list[str]:
+def _unexpected(entry: Entry, config: LlamaConfig, files: Mapping[str, SafeTensors]) -> list[str]:
     """What is wrong with a tensor the model does not have: nothing, where it says what is known anyway."""
     if COMPUTED.fullmatch(entry.name):
         return []

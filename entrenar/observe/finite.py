@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from entrenar import kernels
+from entrenar.data import IGNORE
 from entrenar.llama import Llama
 from entrenar.nn import Module
 from entrenar.tensor import Op, Tensor, no_grad, watched
@@ -85,10 +86,13 @@ def explain(model: Llama, replay: Replay) -> str:
         if bad := int((~np.isfinite(tensor.data)).sum()):
             return f"the weights themselves are not finite: {name} has {bad:,} of {tensor.size:,} values"
     model.zero_grad()
+    tokens = sum(int((targets != IGNORE).sum()) for _, targets in replay.micro_batches)
     for number, (ids, targets) in enumerate(replay.micro_batches):
         try:
             with watched(FiniteWatch(model)), np.errstate(all="ignore"):
-                model.loss(ids, targets, reduction="sum").backward()
+                loss = model.loss(ids, targets, reduction="sum")
+                # As the trainer scales it: gradients `tokens` times as large would overflow where the step's did not
+                loss.backward(np.full(loss.shape, 1 / max(1, tokens), loss.dtype))
         except NonFinite as found:
             return _sentence(model, replay, number, found)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -139,10 +143,12 @@ def _worst_token(model: Llama, ids: np.ndarray, targets: np.ndarray) -> tuple[in
     hidden = model.hidden(ids).data
     for row in range(len(ids)):
         for time in range(ids.shape[1]):
-            logits = kernels.matmul(hidden[row, time : time + 1], model.head_weight.data.T)[0].astype(np.float64)
             target = int(targets[row, time])
+            if target == IGNORE:
+                continue
+            logits = kernels.matmul(hidden[row, time : time + 1], model.head_weight.data.T)[0].astype(np.float64)
             loss = logits.max() + np.log(np.exp(logits - logits.max()).sum()) - logits[target]
-            if target >= 0 and not np.isfinite(loss):
+            if not np.isfinite(loss):
                 return row, time
     return None
 

@@ -64,16 +64,21 @@ def column_of(step: int, last: int, columns: int = COLUMNS) -> int:
     return min(columns - 1, step * columns // (last + 1))
 
 
-def smooth(columns: Sequence[Column], share: float = 0.03) -> list[Column]:
-    """Each mean as the weighted mean of its neighbours, within `share` of the line to each side.
+def smooth(columns: Sequence[Column]) -> list[Column]:
+    """The columns with their means smoothed."""
+    means = smoothed([column.mean for column in columns])
+    return [column._replace(mean=mean) for column, mean in zip(columns, means, strict=True)]
+
+
+def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Each value as the weighted mean of its neighbours, within `share` of the line to each side.
 
     Near the steep beginning the window shrinks on both sides alike, so that the slope adds no bias.
     """
-    reach, out = max(1, round(len(columns) * share)), []
-    for i, column in enumerate(columns):
+    reach, out = max(1, round(len(values) * share)), []
+    for i in range(len(values)):
         near = min(reach, i)
-        offsets = range(-near, min(near, len(columns) - 1 - i) + 1)
+        offsets = range(-near, min(near, len(values) - 1 - i) + 1)
         weights = [near + 1 - abs(k) for k in offsets]
-        total = sum(w / sum(weights) * columns[i + k].mean for k, w in zip(offsets, weights, strict=True))
-        out.append(column._replace(mean=total))
+        out.append(sum(w * values[i + k] for k, w in zip(offsets, weights, strict=True)) / sum(weights))
     return out

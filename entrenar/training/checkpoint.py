@@ -36,6 +36,8 @@ NEWEST, BEST, STATE, SUMS = "checkpoint", "best", "state.json", "SHA256SUMS"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FORMAT = 2
 STEP = re.compile(r"step-(\d{6,})")
+# Temporary names of files.py: `.<name>.<something>`
+LEFT = re.compile(r"\.(step-\d{6,}|checkpoint|best|config\.toml|sample\.txt|curve\.png|report\.html)\.")
 
 
 class CheckpointError(ValueError):
@@ -217,7 +219,7 @@ def clean(run: Path, step: int) -> list[str]:
     Returns the names set aside; they keep their content under `<name>.broken`.
     """
     for left in run.glob(".*"):
-        if re.match(r"\.(step-\d{6,}|checkpoint|best)\.", left.name):
+        if LEFT.match(left.name):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
     aside = [folder for folder in saved_steps(run) if int(folder.name[5:]) > step]
     for folder in aside:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from entrenar.observe.charts import apart, ticks
+from entrenar.observe.series import smoothed
 
 Point = tuple[float, float]
 
@@ -25,7 +26,7 @@ SCALE = 3  # drawn this many times larger than shown
 class Curve:
     """What the picture shows; all heights in bits per byte.
 
-    train, held_out   (step, bits) points
+    train, held_out   (step, bits) points; of a long run's training the means of neighbouring steps (observe/series.py)
     levels            (name, bits): horizontal lines to compare with
     """
 
@@ -151,34 +152,17 @@ class Frame:
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
 
-def smooth(points: Sequence[Point], share: float = 0.03) -> list[Point]:
-    """Each height as the weighted mean of its neighbours, within `share` of the curve to each side.
-
-    Near the steep beginning the window shrinks on both sides alike, so that the slope adds no bias.
-    """
-    reach = max(1, round(len(points) * share))
-    out = []
-    for i, (step, _) in enumerate(points):
-        near = min(reach, i)
-        offsets = range(-near, min(near, len(points) - 1 - i) + 1)
-        weights = [near + 1 - abs(k) for k in offsets]
-        total = sum(w * points[i + k][1] for k, w in zip(offsets, weights, strict=True))
-        out.append((step, total / sum(weights)))
-    return out
-
-
-def thin(points: Sequence[Point], most: int = 2000) -> list[Point]:
-    """At most about `most` points: means of neighbours, where there are more."""
-    width = -(-len(points) // most)
-    groups = [points[i : i + width] for i in range(0, len(points), max(1, width))]
-    return [(sum(s for s, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """The points with their heights smoothed."""
+    heights = smoothed([y for _, y in points])
+    return [(step, y) for (step, _), y in zip(points, heights, strict=True)]
 
 
 def _heights(curve: Curve) -> list[float]:
     """What the vertical axis must show: held-out points, levels, training without its first steep fall."""
-    train = sorted(y for _, y in smooth(thin(curve.train)))
+    train = sorted(y for _, y in smooth(curve.train))
     cut = train[: max(1, math.ceil(len(train) * 0.95))]
-    lowest = sorted(y for _, y in thin(curve.train))[len(train) // 100 :][:1]
+    lowest = sorted(y for _, y in curve.train)[len(train) // 100 :][:1]
     heights = [*cut, *lowest, *(y for _, y in curve.held_out), *(y for _, y in curve.levels)]
     return [y for y in heights if math.isfinite(y)] or [0.0, 1.0]
 
@@ -212,9 +196,8 @@ def _levels(page: Page, frame: Frame, curve: Curve) -> None:
 
 
 def _lines(page: Page, frame: Frame, curve: Curve) -> None:
-    raw = thin(curve.train)
-    page.line(frame.path(raw), colour=PALE_BLUE, width=1)
-    fine = smooth(raw)
+    page.line(frame.path(curve.train), colour=PALE_BLUE, width=1)
+    fine = smooth(curve.train)
     page.line(frame.path(fine), colour=BLUE, width=2.6)
     page.line(frame.path(curve.held_out), colour=ORANGE, width=1.6)
     for place in frame.path(curve.held_out):

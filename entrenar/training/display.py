@@ -6,12 +6,16 @@ files: the trainer writes metrics.jsonl whatever is shown.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from entrenar.training.progress import Bars, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,6 +89,7 @@ class PlainLines:
 
     def __init__(self, stream: TextIO, *, report_every: int) -> None:
         self.stream, self.report_every, self.started = stream, report_every, False
+        self.progress = Progress(stream)
 
     def start(self, heading: Heading) -> None:
         self.started = True
@@ -114,7 +119,8 @@ class PlainLines:
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
         if what and not self.started:  # afterwards the reports tell
-            self._write(f"# {what}")
+            with contextlib.suppress(OSError):  # nobody reads any more: `_write` will see to it
+                self.progress.doing(what, done, total)
 
     def close(self) -> None:
         pass
@@ -141,13 +147,15 @@ class LivePanel:
         self.report: Report | None = None
         self.seen: HeldOut | None = None
         self.task = "starting"
-        self.losses: list[float] = []
+        self.losses = array("d")
         self.live: Any = None
+        self.bars: Bars | None = None  # until the first step
 
     def start(self, heading: Heading) -> None:
         from rich.live import Live
 
         self.heading = heading
+        self._end_bars()
         self.console.print(f"[bold]{_plain(heading.title)}[/]")
         for line in heading.lines:
             self.console.print(f"[dim]{_plain(line)}[/]")
@@ -170,15 +178,22 @@ class LivePanel:
         before, self.task = self.task, f"{what} {done}/{total}" if total else what
         if self.heading is None:
             if what:
-                self.console.print(f"[dim]{_plain(what)}[/]")
+                self.bars = self.bars or Bars(self.console.file)  # type: ignore[arg-type]
+                self.bars.doing(what, done, total)
         else:
             self._draw(now=before.split(" ")[0] != what.split(" ")[0])
 
     def close(self) -> None:
+        self._end_bars()
         if self.live is not None:
             self._draw(now=True)
             self.live.stop()
             self.live = None
+
+    def _end_bars(self) -> None:
+        if self.bars is not None:
+            self.bars.close()
+            self.bars = None
 
     def _draw(self, *, now: bool = False) -> None:
         clock = time.monotonic()

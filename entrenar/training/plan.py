@@ -30,6 +30,7 @@ import numpy as np
 
 from entrenar import kernels, optim, random
 from entrenar.data import ByteTokenizer, Prepared, load_tokenizer, train_bpe
+from entrenar.data.batches import FORGET_AFTER
 from entrenar.kernels.memory import LARGEST
 from entrenar.llama import Llama, LlamaConfig, generate
 from entrenar.llama.pretrained import read_config as read_shape
@@ -57,7 +58,7 @@ from entrenar.training.rehearsal import (
 )
 
 PROGRAM, TOKENIZER, LOGITS, GAPS = "program and libraries", "tokenizer", "logits, a chunk", "gaps between arrays"
-TOKENS, PREPARING = "token file, mapped", "preparing the text"
+TOKENS, PREPARING, WINDOWS = "token file, mapped", "preparing the text", "order of windows"
 ORDER = (WEIGHTS, GRADIENTS, MOMENTS, LAYERS, INPUTS, BLOCK, HEAD, LOGITS, FORWARD, BACKWARD, SCRATCH, ROPE, PICTURE,
          GAPS)  # fmt: skip
 
@@ -159,6 +160,8 @@ def make_plan(config: Config, *, shape: LlamaConfig | None = None, data: Prepare
     mapped = mapped_tokens(config, data)
     arrays = predicted(config, shape)
     buffers = beside + buffers_of(arrays, config, shape)
+    if order := window_order(config, data):
+        buffers.append(Buffer(WINDOWS, order, "of an epoch, shuffled"))
     if mapped:
         buffers.append(Buffer(TOKENS, mapped, "the system takes it back when it needs it"))
     training = sum(buffer.bytes for buffer in buffers)
@@ -314,8 +317,9 @@ def tokenizer_bytes(config: Config, shape: LlamaConfig) -> int:
 
 
 def mapped_tokens(config: Config, data: Prepared | None) -> int:
-    """Bytes of the token files that the run will have read: where windows fall evenly, so many that stay unread are
-    (1 - 1 / pieces)^(windows x pieces in each); held-out text is read whole. 0 where the text is not prepared yet.
+    """Bytes of the token files in memory at most: of each what FORGET_AFTER windows bring in, or all that the run will
+    have read (where windows fall evenly, so many pieces stay unread are (1 - 1 / pieces)^(windows x pieces in each); of
+    held-out text nothing stays unread). 0 where the text is not prepared yet.
     """
     if data is None or not _is_mapped(data.train):
         return 0
@@ -323,7 +327,14 @@ def mapped_tokens(config: Config, data: Prepared | None) -> int:
     windows = t.steps * t.accumulation * t.batch_size
     pieces = max(1.0, data.train.nbytes / READ_AROUND)
     touched = 1 + t.context * data.train.itemsize / READ_AROUND
-    return round(data.train.nbytes * -math.expm1(-windows * touched / pieces)) + data.held_out.nbytes
+    read = round(data.train.nbytes * -math.expm1(-windows * touched / pieces))
+    most = round(FORGET_AFTER * touched * READ_AROUND)
+    return min(read, most) + min(data.held_out.nbytes, most)
+
+
+def window_order(config: Config, data: Prepared | None) -> int:
+    """Bytes of the shuffled starts of an epoch's windows, and of the unshuffled ones while they are drawn."""
+    return 0 if data is None else 2 * 8 * (len(data.train) // config.training.context)
 
 
 def _is_mapped(array: np.ndarray) -> bool:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
@@ -86,6 +86,7 @@ class Trainer:
         self.best: HeldOut | None = None
         self.reports: list[Report] = []  # the first and the last alone: metrics.jsonl has them all
         self.looks: list[HeldOut] = []
+        self.timed: HeldOut | None = None  # a look that was only made to know how long one takes
         self.spikes = SpikeWatch(t.spike_sigma)
         self.busy = 0.0  # seconds in steps alone, smoothed, per step
         self.saved_at = time.perf_counter()
@@ -231,7 +232,9 @@ class Trainer:
             return
         if self.step == 0:
             self.busy = self._rehearse()
-        sample = self.looks[-1] if self.looks else self._measure(whole=False)
+        if not self.looks and self.timed is None:
+            self.timed = self._measure(whole=False)
+        sample = self.looks[-1] if self.looks else self.timed
         assert sample is not None  # only a whole one can be stopped
         whole = sample.seconds * self.data.facts.held_out_tokens / max(1, sample.tokens)
         total = budget.seconds_of(t.budget)
@@ -387,12 +390,12 @@ class Trainer:
 
     def _watch_for_spikes(self, loss: float) -> None:
         t = self.config.training
-        far = self.spikes.see(loss)
+        mean, far = self.spikes.mean, self.spikes.see(loss)
         if not far or t.on_spike == "ignore":
             return
         what = (
             f"step {self.step + 1}: the loss is {loss:.4f}, {far:.1f} standard deviations above its recent mean of "
-            f"{self.spikes.mean:.4f} (training.spike_sigma = {t.spike_sigma:g})"
+            f"{mean:.4f} (training.spike_sigma = {t.spike_sigma:g})"
         )
         if t.on_spike == "warn":
             self.warn(what)
@@ -404,7 +407,7 @@ class Trainer:
             "with --training.on_spike warn through this step, or with a smaller --lr_schedule.learning_rate"
         )
 
-    def _not_finite(self, loss: float, norm: float, replay: Replay) -> None:
+    def _not_finite(self, loss: float, norm: float, replay: Replay) -> NoReturn:
         what = (
             f"the loss is {loss}"
             if not math.isfinite(loss)
