@@ -119,6 +119,12 @@ def test_a_state_this_version_does_not_read_is_told(parts, tmp_path, content):
         load_checkpoint(tmp_path / "c", check=False)
 
 
+def test_a_state_that_could_not_be_read_again_is_not_written(parts, tmp_path):
+    with pytest.raises(ValueError, match="Out of range float"):
+        save_checkpoint(tmp_path / "c", **parts | {"state": {"loss": float("nan")}})
+    assert list(tmp_path.iterdir()) == []
+
+
 HASH = "0" * 64
 
 

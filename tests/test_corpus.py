@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,11 @@ from entrenar.data.documents import Row, Unusable, rows, text_slabs
 from entrenar.data.pieces import Position, cut_pieces, pieces, sample
 from entrenar.data.scan import Progress, scan
 from entrenar.data.tokenizer import ByteTokenizer
+
+try:
+    from compression import zstd  # since Python 3.14
+except ImportError:
+    from backports import zstd
 
 LINES = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200))
 

@@ -193,6 +193,33 @@ def test_a_stop_while_all_held_out_text_is_read_makes_do_with_the_sample(make):
     assert seen.tokens == make().look().tokens
 
 
+def test_weights_whose_held_out_loss_is_no_number_end_the_run_and_are_not_kept(make):
+    t = make(training__eval_every=2, checkpointing__every=1)
+    update = t.optimizer.step
+
+    def too_far(**how):
+        update(**how)
+        if t.step == 1:
+            t.model.model.norm.weight.data[:] = 3e38
+
+    t.optimizer.step = too_far
+    told = r"step 2: the held-out loss is (nan|inf).*; the last checkpoint is step-000001 in .*learning_rate"
+    with pytest.raises(TrainingError, match=told):
+        t.train()
+    assert load_checkpoint(t.run).state["step"] == 1 and t.best is None and not t.looks
+    assert "NaN" not in (t.run / "metrics.jsonl").read_text() and len(events(t, "error")) == 1
+
+
+def test_without_looks_the_time_of_one_is_measured_once(make, monkeypatch):
+    t = make(training__budget="1h", training__eval_every=0)
+    looks, measure = [], t._measure
+    monkeypatch.setattr(t, "_measure", lambda *, whole: looks.append(whole) or measure(whole=whole))
+    t.plan_steps()
+    t.step = 1
+    t.plan_steps()
+    assert looks == [False] and t.looks == []
+
+
 def test_the_time_left_counts_the_looks_to_come_and_the_last_at_everything(make):
     t = make(training__steps=12, training__eval_every=4)
     t.step, t.busy = 3, 2.0

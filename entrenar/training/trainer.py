@@ -161,11 +161,16 @@ class Trainer:
     def look(self, *, whole: bool = False) -> HeldOut:
         """The loss on held-out text: a fixed sample of its windows, or all of them. A new best is saved.
 
-        A `stop` that comes while all of them are read makes do with the sample.
+        A `stop` that comes while all of them are read makes do with the sample. Raises TrainingError where the loss is
+        not finite: nothing is saved of such weights.
         """
         seen = self._measure(whole=whole)
         if seen is None:
             return self.look()
+        if not math.isfinite(seen.loss):
+            what = f"the held-out loss is {seen.loss}, though that of training was finite"
+            self.log("error", step=self.step, text=what)
+            raise TrainingError(f"step {self.step}: {what}; {self._kept()}. {self._smaller_steps()}")
         self.looks.append(seen)
         self.log("held_out", **asdict(seen))
         self.display.held_out(seen)
@@ -418,8 +423,13 @@ class Trainer:
         self.model.zero_grad()
         self.log("error", step=self.step + 1, loss=str(loss), grad_norm=str(norm), text=f"{what}; {found}")
         raise TrainingError(
-            f"step {self.step + 1}: {what}; {found}. The weights were not updated, {self._kept()}. A smaller "
-            f"--lr_schedule.learning_rate (now {self.config.lr_schedule.learning_rate:g}), a longer "
+            f"step {self.step + 1}: {what}; {found}. The weights were not updated, {self._kept()}. "
+            + self._smaller_steps()
+        )
+
+    def _smaller_steps(self) -> str:
+        return (
+            f"A smaller --lr_schedule.learning_rate (now {self.config.lr_schedule.learning_rate:g}), a longer "
             "--lr_schedule.warmup_steps or --training.clip_norm may help"
         )
 
