@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -439,4 +438,4 @@ def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
     code = "from entrenar.training import machine; print(machine.memory_peak())"
     said = subprocess.run([sys.executable, "-c", code], env=SAME_PACKAGE, capture_output=True, text=True, check=True)
     assert int(said.stdout) < ballast.nbytes / 2
-    assert machine.memory_peak() > ballast.nbytes > os.cpu_count()
+    assert machine.memory_peak() > ballast.nbytes

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, or run out of disk: they go on to the very same bits, and lose nothing."""
 
+import contextlib
 import errno
 import json
 import os
@@ -29,20 +30,18 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def bits_of_a_whole_run(place: Path, **changes):
+    (place / "text.txt").write_text(TEXT)
+    with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        assert train("run", **changes) == 0
+        return bits("run")
+
+
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory):
     """The bits of the run that nobody interrupts."""
-    place = tmp_path_factory.mktemp("whole")
-    (place / "text.txt").write_text(TEXT)
-    before = Path.cwd()
-    os.chdir(place)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-            assert train("run") == 0
-        return bits("run")
-    finally:
-        os.chdir(before)
+    return bits_of_a_whole_run(tmp_path_factory.mktemp("whole"))
 
 
 def events(run, kind=None):
@@ -103,17 +102,7 @@ def wait_until(one: subprocess.Popen, there) -> bool:
 
 @pytest.fixture(scope="module")
 def forty_steps(tmp_path_factory):
-    place = tmp_path_factory.mktemp("forty")
-    (place / "text.txt").write_text(TEXT)
-    before = Path.cwd()
-    os.chdir(place)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-            assert train("run", training__steps=40, checkpointing__every=1) == 0
-        return bits("run")
-    finally:
-        os.chdir(before)
+    return bits_of_a_whole_run(tmp_path_factory.mktemp("forty"), training__steps=40, checkpointing__every=1)
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,10 @@ def test_a_file_too_big_is_refused_before_it_is_read(tmp_path):
     file = tmp_path / "huge.json"
     with open(file, "wb") as sparse:
         sparse.truncate(10**12)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(FormatError, match="has 1,000,000,000,000 bytes; a file like this has at most 16,000,000"):
         read_json(file)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path):

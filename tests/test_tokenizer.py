@@ -441,7 +441,7 @@ def test_a_broken_tokenizer_model_is_refused_with_its_place(tmp_path, raw, messa
 
 def test_a_tokenizer_model_cut_off_anywhere_is_refused():
     raw = model_file(BEGIN[:3] + [("▁", -1), ("a", -2), ("▁a", -1)], byte_fallback=False)
-    whole, start = parse_model(raw, "x"), time.monotonic()
+    whole, start = parse_model(raw, "x"), time.process_time()
     assert len(whole.pieces) == 6
     for length in range(len(raw)):
         # what ends between two specifications is whole by its own account: how to treat spaces has a default
@@ -451,7 +451,7 @@ def test_a_tokenizer_model_cut_off_anywhere_is_refused():
             assert re.match("x: (is no sentencepiece model|is empty)", str(error)), length
         else:
             assert raw[length:].startswith(field(3, field(1, "identity") + field(3, 1) + field(4, 0)))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 # --- broken files ----------------------------------------------------------------------------------------
@@ -488,10 +488,10 @@ def test_bad_tokenizers_are_refused(tmp_path):
 )  # fmt: skip
 def test_a_broken_tokenizer_json_is_refused_at_once(tmp_path, content, message):
     (tmp_path / "tokenizer.json").write_text(content)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(TokenizerError, match=re.escape(message)) as error:
         load_tokenizer(tmp_path)
-    assert time.monotonic() - start < 1 and len(str(error.value)) < 800
+    assert time.process_time() - start < 1 and len(str(error.value)) < 800
 
 
 @pytest.mark.parametrize(

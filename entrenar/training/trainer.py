@@ -325,7 +325,7 @@ class Trainer:
         random.set_state(state["random"])
         self.spikes.load_state(state["spikes"])
         self.step, self.tokens_seen = int(state["step"]), int(state["tokens"])
-        if self.config.training.budget or self.config.training.steps == state["config"]["training"]["steps"]:
+        if self.config.training.budget:  # which chose them; else the configuration's hold
             self.steps = int(state["steps"])
         self.best = HeldOut(**state["best"]) if state["best"] else None
         self.looks = [HeldOut(**seen) for seen in state["looks"]]
