@@ -138,3 +138,13 @@ def test_a_watcher_sees_every_op_both_ways():
 @pytest.mark.parametrize(("array", "index"), [([1.0, 2.0], None), ([[1.0], [np.inf]], (1, 0)), (np.nan, ())])
 def test_the_first_value_that_is_not_finite(array, index):
     assert first_nonfinite(np.array(array)) == index
+
+
+def test_the_gradient_of_a_weight_is_not_taken_for_rows_of_tokens(model):
+    """o_proj has 16 rows, and so many tokens there are: the index of its gradient says nothing about a token."""
+    watch = FiniteWatch(model)
+    x = Tensor(np.full((2, 8, 16), 1e30, np.float32), requires_grad=True)
+    with watched(watch), np.errstate(all="ignore"), pytest.raises(NonFinite) as found:
+        y = model.model.layers[0].self_attn.o_proj(x)
+        y.backward(np.full(y.shape, 1e20, np.float32))
+    assert (found.value.way, found.value.op, found.value.shape) == ("backward", "Linear", ())

@@ -270,6 +270,21 @@ def test_no_number_for_a_loss_stops_the_run_and_keeps_the_checkpoint(make):
     assert events(t, "error")[0]["step"] == 4
 
 
+def test_weights_that_are_not_finite_are_never_saved(make):
+    t = make(checkpointing__every=2, training__eval_every=0, training__steps=4)
+    report = t._report
+
+    def poisoned(*args):
+        report(*args)
+        if t.step == 4:
+            t.model.model.norm.weight.data[3] = np.inf
+
+    t._report = poisoned
+    with pytest.raises(TrainingError, match=r"step 4: the update made model.norm.weight infinite or not a number"):
+        t.train()
+    assert load_checkpoint(t.run).state["step"] == 2
+
+
 def test_a_full_disk_names_the_file(make):
     t = make()
     t.metrics.close()

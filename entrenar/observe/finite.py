@@ -54,14 +54,17 @@ class FiniteWatch:
         self._check(op, self.stack[-1], "forward", out.data)
 
     def backward(self, op: Op, dout: np.ndarray, grads: Any) -> None:
-        for grad in grads if isinstance(grads, (tuple, list)) else ():
+        layer = self.layers.get(op.born, "the model")
+        for grad, edge in zip(grads, op.edges or (), strict=True) if isinstance(grads, (tuple, list)) else ():
             if grad is not None:
-                self._check(op, self.layers.get(op.born, "the model"), "backward", np.asarray(grad))
+                # The gradient of a parameter has no row per token, whatever its shape.
+                self._check(op, layer, "backward", np.asarray(grad), per_token=not isinstance(edge, Tensor))
 
-    def _check(self, op: Op, layer: str, way: str, array: np.ndarray) -> None:
+    def _check(self, op: Op, layer: str, way: str, array: np.ndarray, *, per_token: bool = True) -> None:
         # A sum is finite where all its terms are, and cheap; only one that is not is worth a closer look.
         if not np.isfinite(array.sum(dtype=np.float64)) and (index := first_nonfinite(array)) is not None:
-            raise NonFinite(op.name, layer, way, float(array[index]), array.shape, index)
+            place = (array.shape, index) if per_token else ((), ())
+            raise NonFinite(op.name, layer, way, float(array[index]), *place)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 from entrenar.training.progress import Bars, Progress
 
@@ -80,8 +80,31 @@ def make_display(*, report_every: int, stream: TextIO | None = None) -> Display:
     """The live panel where `stream` is a terminal that can draw, plain lines otherwise."""
     stream = sys.stdout if stream is None else stream
     if stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
-        return LivePanel(stream)
+        return LivePanel(cast(TextIO, Lasting(stream)))
     return PlainLines(stream, report_every=report_every)
+
+
+class Lasting:
+    """A terminal that may go away (a closed window, a lost ssh): from then on what is written goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.stream = open(os.devnull, "w")
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class PlainLines:

@@ -177,17 +177,16 @@ def _train(trainer: Trainer, here: machine.Machine) -> int:
         trainer.plan_steps()
         try:
             trainer.train()
+            last, sample = finish(trainer, here)
         except BaseException as error:
             with contextlib.suppress(Exception):  # the error itself matters more than the picture of it
                 pictures(trainer, here)
             if isinstance(error, OSError):
                 raise refused(error, trainer) from error
             raise
-        try:
-            last, sample = finish(trainer, here)
-        except OSError as error:
-            raise refused(error, trainer) from error
-        summary.summarize(trainer, last, sample)
+        # to whom it stopped, nobody may listen any more: the terminal went away
+        with contextlib.suppress(OSError) if trainer.stopping else contextlib.nullcontext():
+            summary.summarize(trainer, last, sample)
         return trainer.requests.exit_code
 
 
@@ -395,10 +394,11 @@ def locked(run: Path) -> Iterator[None]:
     """Nobody else trains in this folder meanwhile. Raises ConfigError where somebody does."""
     lock = os.open(run / LOCK, os.O_RDONLY | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run}: another process is training in this folder") from None
         yield
-    except BlockingIOError:
-        raise ConfigError(f"{run}: another process is training in this folder") from None
     finally:
         os.close(lock)
 

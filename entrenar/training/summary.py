@@ -50,11 +50,12 @@ def curve(trainer: Trainer, here: machine.Machine) -> Curve:
         f"{t.batch_size * t.accumulation} x {t.context} tokens per step · "
         f"{clock(trainer.reports[-1].seconds if trainer.reports else 0)} on {here.threads} threads of {here.cpu}"
     )
-    looks = {seen.step: seen.bits_per_byte for seen in trainer.looks}  # the last look is the whole text
-    losses = Record(trainer.run).series["bits_per_byte"].columns()
+    record = Record(trainer.run)
+    looks = {column.step: column.mean for column in record.held_out.columns()}
+    looks |= {seen.step: seen.bits_per_byte for seen in trainer.looks[-1:]}  # at the end: the whole text
     return Curve(
         f"A LLaMA learns {_short(facts.source)}", subtitle,
-        [(column.step, column.mean) for column in losses],
+        [(column.step, column.mean) for column in record.series["bits_per_byte"].columns()],
         list(looks.items()),
         [("gzip -9", facts.gzip_bits), ("xz -9", facts.xz_bits)],
     )  # fmt: skip

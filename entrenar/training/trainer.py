@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
-from entrenar import optim, random
+from entrenar import kernels, optim, random
 from entrenar.data import IGNORE, Batches, Prepared, bits_per_byte
 from entrenar.llama import Llama, generate
 from entrenar.observe.finite import Batch, Replay, explain
@@ -273,8 +273,9 @@ class Trainer:
     # -- checkpoints
 
     def save(self, *, best: bool = False) -> Path:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step. Raises TrainingError rather than save weights that are not finite."""
         self.display.doing("saving a checkpoint")
+        self._weights_must_be_finite()
         start, self.requests.save = time.perf_counter(), False
         self.metrics.flush()
         if os.fstat(self.metrics.fileno()).st_nlink == 0:
@@ -307,7 +308,7 @@ class Trainer:
             "random": random.get_state(),
             "spikes": self.spikes.state(),
             "best": asdict(self.best) if self.best else None,
-            "looks": [asdict(seen) for seen in self.looks],
+            "looks": [asdict(seen) for seen in self.looks[-1:]],  # metrics.jsonl has them all
             "metrics_bytes": os.fstat(self.metrics.fileno()).st_size,
             "data": {"folder": str(self.data.folder), "identity": self.data.identity},
             "config": self.config.sections(),
@@ -432,6 +433,15 @@ class Trainer:
             f"A smaller --lr_schedule.learning_rate (now {self.config.lr_schedule.learning_rate:g}), a longer "
             "--lr_schedule.warmup_steps or --training.clip_norm may help"
         )
+
+    def _weights_must_be_finite(self) -> None:
+        for name, p in self.model.named_parameters():
+            if not math.isfinite(kernels.sum_of_squares(p.data)) and not np.isfinite(p.data).all():
+                self.log("error", step=self.step, text=f"{name} is not finite")
+                raise TrainingError(
+                    f"step {self.step}: the update made {name} infinite or not a number; nothing was saved of it, "
+                    f"{self._kept()}. A smaller --lr_schedule.learning_rate may help"
+                )
 
     def _kept(self) -> str:
         for name in (NEWEST, BEST):
