@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -322,7 +323,10 @@ def test_the_help_fits_a_screen_and_its_example_is_understood():
 
 def start(folder, *words):
     command = [sys.executable, "-m", "entrenar", "generate", str(folder), *words]
-    return subprocess.Popen(command, env=SAME_PACKAGE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    # a shell's background job ignores Ctrl-C, and so would everything started from it
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=SAME_PACKAGE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                            preexec_fn=heed)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
