@@ -23,7 +23,7 @@ test: tier3 ## every test that needs no other project's code
 tier1: .venv/.ready-test ## seconds: the gradient checks that guard an edit
 	@$(PYTEST) -m tier1
 
-tier2: .venv/.ready-test ## about half a minute: what every commit needs
+tier2: .venv/.ready-test ## under two minutes: what every commit needs
 	@$(PYTEST) -m "not tier3 and not peers"
 
 tier3: .venv/.ready-test ## minutes: everything

@@ -218,7 +218,7 @@ def _lines(page: Page, frame: Frame, curve: Curve) -> None:
 
 
 def _legend(page: Page, frame: Frame, held_out: bool) -> None:
-    entries = [("training, each step", PALE_BLUE, 1.5), ("training, smoothed", BLUE, 2.6)]
+    entries = [("training", PALE_BLUE, 1.5), ("training, smoothed", BLUE, 2.6)]
     entries += [("held out", ORANGE, 1.6)] if held_out else []
     x, y = frame.right, frame.top - 22
     for name, colour, width in reversed(entries):
