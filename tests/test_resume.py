@@ -102,7 +102,7 @@ def wait_until(one: subprocess.Popen, there) -> bool:
 
 @pytest.fixture(scope="module")
 def hundred_steps(tmp_path_factory):
-    return bits_of_a_whole_run(tmp_path_factory.mktemp("forty"), training__steps=100, checkpointing__every=1)
+    return bits_of_a_whole_run(tmp_path_factory.mktemp("hundred"), training__steps=100, checkpointing__every=1)
 
 
 @pytest.mark.parametrize(
