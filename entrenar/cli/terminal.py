@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from entrenar.training.progress import one_line as visible
+
 STYLES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "33"}
 
 
@@ -21,11 +23,6 @@ def colours(stream: TextIO | None = None) -> bool:
 def paint(text: str, style: str) -> str:
     """The text in a style of STYLES, where standard output shows styles."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if text and colours() else text
-
-
-def visible(text: object) -> str:
-    """One line of text, control characters shown as U+FFFD: a file's words must not move the cursor."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(text))
 
 
 def clipped(text: str, limit: int) -> str:

@@ -151,8 +151,6 @@ def _go_on(config: Config, run: Path, saved: Checkpoint, display: Display, stack
         trainer.load_state(saved)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {saved.folder}: its state cannot be used: {error!r}") from error
-    if not config.training.budget:  # of a run that had one, until --training.steps ended it: the checkpoint's are older
-        trainer.steps = config.training.steps
     keep_config(config, run)  # what was changed on the way holds for the next resume too
     for name in clean(run, trainer.step):
         trainer.warn(f"{name} is not whole; it was set aside as {name}.broken")
