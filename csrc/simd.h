@@ -167,9 +167,30 @@ ALWAYS_INLINE void vf_transpose(vf v[ENT_W]) {
 
 // ---- bytes and tables -----------------------------------------------------------------------------------------------
 
-// W bytes as W integers.
-typedef uint8_t vb __attribute__((vector_size(ENT_W), aligned(1), may_alias));
-ALWAYS_INLINE vi vi_from_bytes(const uint8_t *p) { return __builtin_convertvector(*(const vb *)p, vi); }
+// W bytes, signed bytes or 16-bit numbers as W integers. Intrinsics: __builtin_convertvector goes lane by lane in gcc 12.
+#if defined(__AVX512F__) && ENT_W == 16
+ALWAYS_INLINE vi vi_from_bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+ALWAYS_INLINE vi vi_from_int8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
+ALWAYS_INLINE vi vi_from_uint16(const uint16_t *p) {
+    return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+}
+#elif defined(__AVX2__) && ENT_W == 8
+ALWAYS_INLINE vi vi_from_bytes(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+ALWAYS_INLINE vi vi_from_int8(const int8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
+ALWAYS_INLINE vi vi_from_uint16(const uint16_t *p) {
+    return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+}
+#else
+#define WIDENED(p)                                           \
+    int32_t lane[ENT_W];                                     \
+    for (int i = 0; i < ENT_W; i++) lane[i] = (p)[i];        \
+    vi v;                                                    \
+    memcpy(&v, lane, sizeof v);                              \
+    return v;
+ALWAYS_INLINE vi vi_from_bytes(const uint8_t *p) { WIDENED(p) }
+ALWAYS_INLINE vi vi_from_int8(const int8_t *p) { WIDENED(p) }
+ALWAYS_INLINE vi vi_from_uint16(const uint16_t *p) { WIDENED(p) }
+#endif
 
 // A table of 16 floats in registers, and its values at the lower 4 bits of each lane; other bits may be anything.
 #if defined(__AVX512F__) && ENT_W == 16

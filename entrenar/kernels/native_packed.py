@@ -49,7 +49,7 @@ def unpack(w: Packed) -> Array:
     return to
 
 
-def unpack_rows(w: Packed, ids: Array) -> Array:
+def unpack_rows(ids: Array, w: Packed) -> Array:
     ids = ints(checks.indices("unpack_rows", "ids", ids, w.shape[0]))
     to = empty(*ids.shape, w.shape[1])
     lib.ent_unpack_rows(at(to), packed(w), at_ints(ids), ids.size)
