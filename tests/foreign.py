@@ -80,7 +80,7 @@ enum { ARRAYS = 6 };
 static ent_packed matrix_of[LONGEST];
 static void *part[LONGEST][ARRAYS];
 
-static ent_packed *get_packed(int i) {              /* 0 for NULL; or 1, each array as size (-1: NULL) and bytes, numbers */
+static ent_packed *get_packed(int i) {  /* 0 for NULL; or 1, each array as size (-1: NULL) and bytes, numbers */
     int64_t given, bytes;
     ent_packed *w = &matrix_of[i];
     get(&given, 8);
