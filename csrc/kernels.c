@@ -25,3 +25,4 @@
 #include "linear_cross_entropy.c.inc"
 
 #include "peak.c.inc"
+#include "quantize.c.inc"
