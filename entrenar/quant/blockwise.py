@@ -50,7 +50,7 @@ def quantize(w: Array, kind: str, *, block: int = 64, double_quant: bool = True,
         x = as_float32(flat[start : start + PIECE])
         _check(name, x, kind)
         _fill(codes, scales, x, kind, start, block)
-    if kind in TABLES and double_quant:
+    if kind in TABLES and double_quant and scales is not None:
         return Packed(kind, w.shape, codes, nest(scales), block)
     return Packed(kind, w.shape, codes, scales, block)
 
@@ -81,9 +81,8 @@ def as_float32(x: Array) -> Array:
 
 
 def _check(name: str, x: Array, kind: str) -> None:
-    bad = x.size - np.count_nonzero(np.isfinite(x))
-    if bad:
-        raise QuantizeError(f"{name}: {bad:,} of {x.size:,} values are not finite; {kind} wants finite ones")
+    if not np.isfinite(x).all():
+        raise QuantizeError(f"{name}: has values that are not finite; {kind} cannot hold them")
     if LARGEST[kind] < np.inf and (largest := float(np.abs(x).max(initial=0))) > LARGEST[kind]:
         raise QuantizeError(f"{name}: has {largest:g}; {kind} ends at {LARGEST[kind]:g}")
 
