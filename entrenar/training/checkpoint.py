@@ -35,6 +35,7 @@ from entrenar.optim import AdamW
 NEWEST, BEST, STATE, SUMS = "checkpoint", "best", "state.json", "SHA256SUMS"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FORMAT = 2
+Write = Callable[[Path], None]
 STEP = re.compile(r"step-(\d{6,})")
 # Temporary names of files.py: `.<name>.<something>`
 LEFT = re.compile(r"\.(step-\d{6,}|checkpoint|best|config\.toml|sample\.txt|curve\.png|report\.html)\.")
@@ -80,19 +81,31 @@ class OneByOne(Mapping[str, np.ndarray]):
         return len(self.file)
 
 
-def save_checkpoint(folder: str | Path, *, model: Llama, tokenizer: Tokenizer, state: dict[str, Any],
+def model_files(model: Llama, tokenizer: Tokenizer) -> Write:
+    """What writes a whole model, as Hugging Face's loaders expect it."""
+
+    def write(folder: Path) -> None:
+        safetensors.save(folder / MODEL, model.state_dict(), metadata={"format": "pt"})
+        _write(folder / "config.json", model.config.to_dict())
+        tokenizer.save(folder)
+
+    return write
+
+
+def save_checkpoint(folder: str | Path, *, write: Write, state: dict[str, Any],
                     optimizer: AdamW | None = None) -> Path:  # fmt: skip
-    """Write a whole checkpoint as `folder`, which must not hold one yet; `state` is anything JSON can say.
+    """Write a whole checkpoint as `folder`, which must not hold one yet.
+
+    write   puts what was trained into the folder it is given
+    state   anything JSON can say
 
     Raises FileExistsError where the folder is there and not empty, OSError where the disk refuses; in both
     cases nothing is left behind.
     """
     with new_folder(folder) as temporary:
-        safetensors.save(temporary / MODEL, model.state_dict(), metadata={"format": "pt"})
+        write(temporary)
         if optimizer is not None:
             safetensors.save(temporary / OPTIMIZER, optimizer.state_dict())
-        _write(temporary / "config.json", model.config.to_dict())
-        tokenizer.save(temporary)
         _write(temporary / STATE, {"format": FORMAT, **state})
         sums = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
