@@ -486,9 +486,9 @@ def test_rehearsing_for_a_budget_changes_no_bit(capsys, monkeypatch, wanted):
 
 
 def test_every_option_of_the_small_run_exists():
-    from entrenar.training.config import options
+    from entrenar.training.config import Config, options
 
-    assert set(SMALL) <= {o.full_name for o in options()}
+    assert set(SMALL) <= {o.full_name for o in options(Config)}
 
 
 def test_memory_limits_do_not_leak_between_tests():

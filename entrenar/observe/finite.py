@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar import kernels
+from entrenar import kernels, ops
 from entrenar.data import IGNORE, Batch
 from entrenar.llama import Llama
 from entrenar.nn import Module
@@ -88,7 +88,7 @@ def explain(model: Llama, replay: Replay) -> str:
     for number, batch in enumerate(replay.micro_batches):
         try:
             with watched(FiniteWatch(model)), np.errstate(all="ignore"):
-                loss = model.loss(batch.ids, batch.targets, reduction="sum")
+                loss = model.loss(batch.ids, batch.targets, starts=batch.starts, reduction="sum")
                 # As the trainer scales it: gradients `tokens` times as large would overflow where the step's did not
                 loss.backward(np.full(loss.shape, 1 / max(1, tokens), loss.dtype))
         except NonFinite as found:
@@ -137,13 +137,13 @@ def _token(found: NonFinite, shape: tuple[int, ...]) -> tuple[int, int] | None:
 @no_grad()
 def _worst_token(model: Llama, batch: Batch) -> tuple[int, int] | None:
     """The first token whose own loss is not finite."""
-    hidden = model.hidden(batch.ids).data
+    hidden = model.hidden(batch.ids, starts=batch.starts).data
     for row in range(len(hidden)):
         for time in range(hidden.shape[1]):
             target = int(batch.targets[row, time])
             if target == IGNORE:
                 continue
-            logits = kernels.matmul(hidden[row, time : time + 1], model.head_weight.data.T)[0].astype(np.float64)
+            logits = ops.linear(Tensor(hidden[row, time : time + 1]), model.head_weight).data[0].astype(np.float64)
             loss = logits.max() + np.log(np.exp(logits - logits.max()).sum()) - logits[target]
             if not np.isfinite(loss):
                 return row, time

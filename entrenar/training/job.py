@@ -24,13 +24,14 @@ import numpy as np
 
 from entrenar.files import write_file
 from entrenar.observe.report import write_report
-from entrenar.training import machine, pretrain, summary
-from entrenar.training.checkpoint import Checkpoint, CheckpointError, clean, load_checkpoint, newest, saved_steps
-from entrenar.training.config import Config, ConfigError, Option, options, read_config, to_toml
+from entrenar.training import finetune, machine, pretrain, summary
+from entrenar.training.checkpoint import CheckpointError, Saved, clean, load_saved, newest, saved_steps
+from entrenar.training.config import Config, ConfigError, FineTuning, kind_of, options, read_config, to_toml
 from entrenar.training.curve import render
 from entrenar.training.display import Display, HeldOut, make_display
 from entrenar.training.metrics import METRICS
 from entrenar.training.pretrain import DATA
+from entrenar.training.plan import Plan
 from entrenar.training.signals import listening
 from entrenar.training.task import Sample
 from entrenar.training.trainer import Trainer
@@ -39,12 +40,25 @@ from entrenar.version import __version__
 CONFIG, LOCK = "config.toml", ".lock"
 
 # What a resumed run may change: nothing that decides what a weight or a batch is.
-CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.clip_norm", "training.on_spike",
-              "training.spike_sigma", "training.activation_checkpointing"}  # fmt: skip
+CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.epochs", "training.clip_norm", "training.on_spike",
+              "training.spike_sigma", "training.activation_checkpointing", "base.model"}  # fmt: skip
 CHANGEABLE_BEGINNINGS = ("training.eval_", "training.sample_", "training.report_")
 
 
-def start(config: Config, *, force: bool = False) -> int:
+Run = Config | FineTuning
+
+
+def kind(config: Run) -> Any:
+    """The file with `plan`, `begin` and `go_on` of this kind of run."""
+    return finetune if isinstance(config, FineTuning) else pretrain
+
+
+def plan_of(config: Run) -> Plan:
+    """What a run would need."""
+    return kind(config).plan(config)
+
+
+def start(config: Run, *, force: bool = False) -> int:
     """Train from nothing, with `config`, in a new folder. `force` goes over a plan that does not fit.
 
     Raises before there is a folder where the configuration, the text or the model to start from cannot be used.
@@ -79,7 +93,7 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
             f"{run}: no {CONFIG}: this is no run's folder; "
             + (f"the run is {run.parent}" if inside else "name one, or begin one with `entrenar train`")
         )
-    config = changed(read_config(run / CONFIG), overrides)
+    config = changed(run, overrides)
     config = replace(config, checkpointing=replace(config.checkpointing, out=str(run)))
     display = make_display(report_every=config.training.report_every)
     try:
@@ -88,16 +102,16 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
                 display.note(f"{run} was ended before its first checkpoint: beginning again")
                 return _begin(config, run, display, began, stack, force=force, again=True)
             stack.enter_context(locked(run))
-            saved = load_checkpoint(newest(run, display.note), check=False)  # newest has checked it
+            saved = load_saved(newest(run, display.note), check=False)  # newest has checked it
             must_be_the_same_run(config, saved, run)
             return _go_on(config, run, saved, display, stack, force=force)
     finally:
         display.close()
 
 
-def _begin(config: Config, run: Path, display: Display, began: float, stack: contextlib.ExitStack, *,
+def _begin(config: Run, run: Path, display: Display, began: float, stack: contextlib.ExitStack, *,
            force: bool, again: bool = False) -> int:  # fmt: skip
-    task, plan = pretrain.begin(config, run, display, force=force)
+    task, plan = kind(config).begin(config, run, display, force=force)
     here = machine.look()
     run.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(run))
@@ -112,7 +126,7 @@ def _begin(config: Config, run: Path, display: Display, began: float, stack: con
         "start",
         time=now(),
         config=config.sections(),
-        defaults=Config().sections(),
+        defaults=type(config)().sections(),
         machine=asdict(here),
         plan=plan,
         versions={"entrenar": __version__, "python": platform.python_version(), "numpy": np.__version__},
@@ -121,9 +135,9 @@ def _begin(config: Config, run: Path, display: Display, began: float, stack: con
     return _train(trainer, here)
 
 
-def _go_on(config: Config, run: Path, saved: Checkpoint, display: Display, stack: contextlib.ExitStack, *,
+def _go_on(config: Run, run: Path, saved: Saved, display: Display, stack: contextlib.ExitStack, *,
            force: bool) -> int:  # fmt: skip
-    task, plan = pretrain.go_on(config, run, saved, display, force=force)
+    task, plan = kind(config).go_on(config, run, saved, display, force=force)
     here = machine.look()
     trainer = Trainer(config, task, run, display, here.peak_flops)
     stack.callback(trainer.close)
@@ -145,8 +159,10 @@ def _go_on(config: Config, run: Path, saved: Checkpoint, display: Display, stack
 def _train(trainer: Trainer, here: machine.Machine) -> int:
     with listening(trainer.requests):
         trainer.display.start(trainer.task.heading(trainer, here))
-        trainer.plan_steps()
         try:
+            if trainer.task.knows_something and not trainer.step:
+                trainer.look_before()
+            trainer.plan_steps()
             trainer.train()
             last, samples = finish(trainer, here)
         except BaseException as error:
@@ -206,7 +222,7 @@ def pictures(trainer: Trainer, here: machine.Machine) -> None:
 # -- what a run is made of
 
 
-def run_folder(config: Config, among: Sequence[str] = ()) -> Path:
+def run_folder(config: Run, among: Sequence[str] = ()) -> Path:
     """Where the run goes. Raises ConfigError rather than write into a folder that holds something; the names in
     `among` are nothing."""
     if config.checkpointing.out:
@@ -229,25 +245,24 @@ def run_folder(config: Config, among: Sequence[str] = ()) -> Path:
     return run
 
 
-def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+def changed(run: Path, overrides: Sequence[tuple[str, str]]) -> Run:
     """The run's configuration with what may be changed on the way. Raises ConfigError, naming every problem."""
-    known: dict[str, Option] = {option.full_name: option for option in options()}
+    its = kind_of(run / CONFIG)
+    known = {option.full_name for option in options(its)}
     fixed = [name for name, _ in overrides if name in known and not may_change(name)]
     if fixed:
         raise ConfigError(
             f"{', '.join(fixed)}: cannot change while a run goes on: it would be another run; what can: lr_schedule.*, "
-            "checkpointing.*, training.steps, clip_norm, on_spike, spike_sigma, activation_checkpointing, "
+            "checkpointing.*, base.model where it was moved, training.steps, epochs, clip_norm, on_spike, spike_sigma, activation_checkpointing, "
             "eval_*, sample_*, report_every"
         )
-    read_config(None, overrides)  # says all that is wrong with them
-    for name, text in overrides:
-        config.set(known[name], known[name].parse(text))
+    config: Run = read_config(run / CONFIG, overrides, its)  # type: ignore[assignment]
     if any(name == "training.steps" for name, _ in overrides):
         config.training.budget = ""  # the clock chose until now
     return config
 
 
-def must_be_the_same_run(config: Config, saved: Checkpoint, run: Path) -> None:
+def must_be_the_same_run(config: Run, saved: Saved, run: Path) -> None:
     """Raises ConfigError where the run's config.toml was edited in what cannot change on the way."""
     current = config.sections()
     edited = [
@@ -261,11 +276,11 @@ def must_be_the_same_run(config: Config, saved: Checkpoint, run: Path) -> None:
         told = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if len(edited) > 3 else "")
         raise ConfigError(
             f"{run / CONFIG}: {told}: cannot change while a run goes on: it would be another run; put it "
-            f"back, or begin one with `entrenar train --config {run / CONFIG} --out NEW`"
+            f"back, or begin one with `entrenar {config.VERB} --config {run / CONFIG} --out NEW`"
         )
 
 
-def keep_config(config: Config, run: Path) -> None:
+def keep_config(config: Run, run: Path) -> None:
     """config.toml: where the run is, is not in it, for a run may be moved."""
     write_file(run / CONFIG, to_toml(replace(config, checkpointing=replace(config.checkpointing, out=""))))
 

@@ -1,5 +1,6 @@
 """A run of `entrenar train`, up to its first step: plan, text, model. (The life of a run: job.py.)
 
+    plan(config)         what it would need
     begin(config, ...)   a new run
     go_on(config, ...)   one that was left at a checkpoint
 """
@@ -15,13 +16,19 @@ from entrenar import kernels, random
 from entrenar.data import CorpusError, Prepared, load_prepared, prepare
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.pretrained import read_config as read_shape
-from entrenar.training.checkpoint import Checkpoint
+from entrenar.training.checkpoint import Saved, load_checkpoint
 from entrenar.training.display import Display
-from entrenar.training.options import Config, ConfigError
-from entrenar.training.plan import make_plan
+from entrenar.training.option import ConfigError
+from entrenar.training.options import Config
+from entrenar.training.plan import Plan, make_plan
 from entrenar.training.text_task import TextTask
 
 DATA = "data"  # in the run's folder: prepared tokens, where there is no cache
+
+
+def plan(config: Config) -> Plan:
+    """What such a run would need."""
+    return make_plan(config)
 
 
 def begin(config: Config, run: Path, display: Display, *, force: bool) -> tuple[TextTask, dict[str, Any]]:
@@ -30,7 +37,7 @@ def begin(config: Config, run: Path, display: Display, *, force: bool) -> tuple[
     must_fit(config, shape, None, display, force=force)  # before the text takes its time
     data = prepared(config, run, display)
     shape = shape or config.llama(data.tokenizer.vocab_size, data.tokenizer.end_id)
-    plan = must_fit(config, shape, data, display, force=force)
+    planned = must_fit(config, shape, data, display, force=force)
     TextTask.check(config, data)  # before the model takes its time
     kernels.keep_freed_memory()
     random.seed(config.training.seed)
@@ -39,16 +46,17 @@ def begin(config: Config, run: Path, display: Display, *, force: bool) -> tuple[
         model = Llama.from_pretrained(folder_of(config), checkpointing=recompute)
     else:
         model = Llama(shape, checkpointing=recompute)
-    return TextTask(config, data, model), plan
+    return TextTask(config, data, model), planned
 
 
-def go_on(config: Config, run: Path, saved: Checkpoint, display: Display, *,
+def go_on(config: Config, run: Path, saved: Saved, display: Display, *,
           force: bool) -> tuple[TextTask, dict[str, Any]]:  # fmt: skip
     """The same of a run that goes on from a checkpoint."""
+    checkpoint = load_checkpoint(saved.folder, check=False)  # whoever chose it has checked it
     data = the_same_data(config, run, saved, display)
-    plan = must_fit(config, saved.config, data, display, force=force)
+    planned = must_fit(config, checkpoint.config, data, display, force=force)
     kernels.keep_freed_memory()
-    return TextTask(config, data, saved.model(checkpointing=config.training.activation_checkpointing)), plan
+    return TextTask(config, data, checkpoint.model(checkpointing=config.training.activation_checkpointing)), planned
 
 
 def folder_of(config: Config) -> Path:
@@ -100,7 +108,7 @@ def prepared(config: Config, run: Path, display: Display) -> Prepared:
     return data
 
 
-def the_same_data(config: Config, run: Path, saved: Checkpoint, display: Display) -> Prepared:
+def the_same_data(config: Config, run: Path, saved: Saved, display: Display) -> Prepared:
     """The tokens the run was trained on: as they were kept, else prepared again and compared.
 
     Raises CorpusError where the text has changed since and the tokens are gone.
@@ -126,9 +134,4 @@ def the_same_data(config: Config, run: Path, saved: Checkpoint, display: Display
 def must_fit(config: Config, shape: LlamaConfig | None, data: Prepared | None, display: Display, *,
              force: bool) -> dict[str, Any]:  # fmt: skip
     """The plan's summary. Raises ConfigError where it exceeds this machine's memory, unless `force`."""
-    plan = make_plan(config, shape=shape, data=data)
-    if not plan.fits and not force:
-        raise ConfigError(plan.refusal())
-    if data is not None and plan.warning():
-        display.note(plan.warning())
-    return plan.summary()
+    return make_plan(config, shape=shape, data=data).accepted(display if data else None, force=force)

@@ -26,7 +26,7 @@ def summarize(trainer: Trainer, last: HeldOut | None, samples: Sequence[Sample])
     say()
     say(f"trained {trainer.step:,} steps, {trainer.tokens_seen:,} tokens, in {clock(seconds)}", style="bold")
     if last:
-        about, rows = trainer.task.results(last)
+        about, rows = trainer.task.results(last, trainer.before.look if trainer.before else None)
         say(about)
         for name, value in sorted(rows, key=lambda row: row[1]):
             say(f"  {name:<12} {value:.4f}", style="bold green" if name == rows[0][0] else "none")

@@ -38,12 +38,14 @@ class Sample:
 class Task(Protocol):
     """What a run trains on, how it looks at itself, what it keeps.
 
+    knows_something   whether the model is worth a look before the first step
     steps             how many updates were asked for
     flops_per_token   arithmetic of one token, forward and backward
     held_out_tokens   how many tokens a whole look predicts
     """
 
     model: Llama
+    knows_something: bool
     steps: int
     flops_per_token: int
     held_out_tokens: int
@@ -101,7 +103,7 @@ class Task(Protocol):
         """The picture's contents."""
         ...
 
-    def results(self, last: HeldOut) -> tuple[str, list[tuple[str, float]]]:
+    def results(self, last: HeldOut, before: HeldOut | None) -> tuple[str, list[tuple[str, float]]]:
         """What came out: a line that says which number it is, and the numbers by name, the model's own first."""
         ...
 

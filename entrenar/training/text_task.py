@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class TextTask:
     """A model and a prepared text. Raises CorpusError where the text is too short for one window."""
 
+    knows_something = False  # and where it does, the run is not about that
+
     def __init__(self, config: Config, data: Prepared, model: Llama) -> None:
         t = config.training
         self.config, self.data, self.model = config, data, model
@@ -171,7 +173,7 @@ class TextTask:
             [("gzip -9", facts.gzip_bits), ("xz -9", facts.xz_bits)],
         )  # fmt: skip
 
-    def results(self, last: HeldOut) -> tuple[str, list[tuple[str, float]]]:
+    def results(self, last: HeldOut, before: HeldOut | None) -> tuple[str, list[tuple[str, float]]]:
         """Bits per byte, beside what compressors need."""
         part = f"all {last.bytes:,} bytes" if last.whole else f"a sample of {last.bytes:,} bytes"
         facts = self.data.facts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,10 +25,24 @@ from entrenar.training import budget, machine
 from entrenar.training.checkpoint import BEST, NEWEST, Checkpoint, save_step
 from entrenar.training.display import Display, HeldOut, Report
 from entrenar.training.metrics import Metrics
+from entrenar.training.finetune_options import FineTuning
 from entrenar.training.options import Config
 from entrenar.training.signals import Requests
 from entrenar.training.spikes import SpikeWatch
 from entrenar.training.task import Sample, Task
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a model that is trained further was like before the first step."""
+
+    look: HeldOut
+    samples: list[Sample]
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Before:
+        """As a checkpoint keeps it."""
+        return Before(HeldOut(**state["look"]), [Sample(**sample) for sample in state["samples"]])
 
 
 class TrainingError(RuntimeError):
@@ -44,7 +58,7 @@ def accumulate_gradients(model: Llama, micro_batches: Sequence[Batch]) -> tuple[
     tokens = sum(batch.trained for batch in micro_batches)
     total = 0.0
     for batch in micro_batches:
-        loss = model.loss(batch.ids, batch.targets, reduction="sum")
+        loss = model.loss(batch.ids, batch.targets, starts=batch.starts, reduction="sum")
         loss.backward(np.full(loss.shape, 1 / max(1, tokens), loss.dtype))
         total += loss.item()
     return total / max(1, tokens), tokens
@@ -57,7 +71,7 @@ class Trainer:
     began   on time.perf_counter()'s clock: what a budget counts from
     """
 
-    config: Config
+    config: Config | FineTuning
     task: Task
     run: Path
     display: Display
@@ -70,7 +84,7 @@ class Trainer:
         self.model = self.task.model
         self.optimizer = optim.AdamW(
             self.model.named_parameters(),
-            lr=lr.learning_rate,
+            lr=lr.peak,
             betas=(t.beta1, t.beta2),
             eps=t.eps,
             weight_decay=t.weight_decay,
@@ -80,6 +94,7 @@ class Trainer:
         self.best: HeldOut | None = None
         self.reports: list[Report] = []  # the first and the last alone: metrics.jsonl has them all
         self.looks: list[HeldOut] = []
+        self.before: Before | None = None
         self.timed: HeldOut | None = None  # a look that was only made to know how long one takes
         self.spikes = SpikeWatch(t.spike_sigma)
         self.busy = 0.0  # seconds in steps alone, smoothed, per step
@@ -128,7 +143,7 @@ class Trainer:
     def learning_rate(self) -> float:
         """Of the step that is being made."""
         s = self.config.lr_schedule
-        return s.learning_rate * s.share(self.step, self.steps)
+        return s.peak * s.share(self.step, self.steps)
 
     @property
     def stopping(self) -> str:
@@ -167,6 +182,12 @@ class Trainer:
             if self.config.checkpointing.best:
                 self.save(best=True)
         return seen
+
+    def look_before(self) -> None:
+        """All that is held out, and samples, of a model that knows something already: what comes after is compared."""
+        seen = self.look(whole=True)
+        samples = self.samples() if self.config.training.sample_tokens and not self.stopping else []
+        self.before = Before(seen, samples)
 
     def _measure(self, *, whole: bool) -> HeldOut | None:
         """The numbers of a look, kept nowhere; None where a `stop` ended a whole one."""
@@ -267,6 +288,7 @@ class Trainer:
             "random": random.get_state(),
             "spikes": self.spikes.state(),
             "best": asdict(self.best) if self.best else None,
+            "before": asdict(self.before) if self.before else None,
             "looks": [asdict(seen) for seen in self.looks[-1:]],  # metrics.jsonl has them all
             "metrics_bytes": self.metrics.size,
             "config": self.config.sections(),
@@ -288,6 +310,7 @@ class Trainer:
         if self.config.training.budget:  # which chose them; else the configuration's hold
             self.steps = int(state["steps"])
         self.best = HeldOut(**state["best"]) if state["best"] else None
+        self.before = Before.of(state["before"]) if state.get("before") else None
         self.looks = [HeldOut(**seen) for seen in state["looks"]]
         self.busy, self.began = float(state["busy"]), time.perf_counter() - float(state["seconds"])
         self.metrics.cut(int(state["metrics_bytes"]))
@@ -378,7 +401,7 @@ class Trainer:
 
     def _smaller_steps(self) -> str:
         return (
-            f"A smaller --lr_schedule.learning_rate (now {self.config.lr_schedule.learning_rate:g}), a longer "
+            f"A smaller --lr_schedule.learning_rate (now {self.config.lr_schedule.peak:g}), a longer "
             "--lr_schedule.warmup_steps or --training.clip_norm may help"
         )
 
