@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar import kernels, ops
+from entrenar import kernels
 from entrenar.data import IGNORE, Batch
 from entrenar.llama import Llama
 from entrenar.nn import Module
@@ -37,7 +37,7 @@ class FiniteWatch:
     """A watcher (tensor.py) that raises NonFinite at the first result, forward or backward, that is not finite."""
 
     def __init__(self, model: Module) -> None:
-        self.names = {id(module): name or "the model" for name, module in _named_modules(model)}
+        self.names = {id(module): name for name, module in model.named_modules()} | {id(model): "the model"}
         self.stack = ["the model"]
         self.layers: dict[int, str] = {}  # an op's number at birth -> the layer it was born in
 
@@ -137,20 +137,14 @@ def _token(found: NonFinite, shape: tuple[int, ...]) -> tuple[int, int] | None:
 @no_grad()
 def _worst_token(model: Llama, batch: Batch) -> tuple[int, int] | None:
     """The first token whose own loss is not finite."""
-    hidden = model.hidden(batch.ids, starts=batch.starts).data
+    hidden = model.hidden(batch.ids, starts=batch.starts)
     for row in range(len(hidden)):
         for time in range(hidden.shape[1]):
             target = int(batch.targets[row, time])
             if target == IGNORE:
                 continue
-            logits = ops.linear(Tensor(hidden[row, time : time + 1]), model.head_weight).data[0].astype(np.float64)
+            logits = model.logits(hidden[row, time : time + 1]).data[0].astype(np.float64)
             loss = logits.max() + np.log(np.exp(logits - logits.max()).sum()) - logits[target]
             if not np.isfinite(loss):
                 return row, time
     return None
-
-
-def _named_modules(module: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
-    yield prefix.rstrip("."), module
-    for name, child in module.children():
-        yield from _named_modules(child, f"{prefix}{name}.")
