@@ -205,7 +205,7 @@ class Llama(Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)"""
-        return ops.linear(x, self.head_weight)
+        return ops.linear(x, self.head_weight) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def loss(self, ids: np.ndarray, targets: np.ndarray, *, starts: np.ndarray | None = None,
              reduction: Reduction = "mean") -> Tensor:  # fmt: skip
@@ -214,8 +214,10 @@ class Llama(Module):
         starts (B, T), for rows of several documents, as in `hidden`.
         """
         x = self.hidden(ids, starts=starts)
-        rows = x.reshape(-1, self.config.hidden_size)
-        return ops.linear_cross_entropy(rows, self.head_weight, np.asarray(targets).reshape(-1), reduction=reduction)
+        rows, targets = x.reshape(-1, self.config.hidden_size), np.asarray(targets).reshape(-1)
+        if self.config.tie_word_embeddings:
+            return ops.linear_cross_entropy(rows, self.head_weight, targets, reduction=reduction)
+        return self.lm_head.cross_entropy(rows, targets, reduction=reduction)
 
     def _rope(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows start..end of the tables, which grow on demand up to the model's context."""
