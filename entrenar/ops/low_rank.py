@@ -23,6 +23,7 @@ from entrenar.ops.linear import rows, times, times_transposed, weight
 from entrenar.tensor import Op, Tensor
 
 BLOCK = 1 << 20  # elements of a packed matrix that are floats at a time
+ROWS = 64  # of a product of two (N, O) arrays that is summed: they stay in the cache
 
 
 class LoraLinear(Op):
@@ -49,13 +50,17 @@ class LoraLinear(Op):
         need_x, _, _, need_A, need_B, need_dropped = self.needs
         dy = rows(dy)
         dh = kernels.matmul(dy, B * scale)
-        dx = times(dy, w) if need_x else None
-        dropped = kernels.matmul(dh, A).reshape(x_shape) if need_dropped else None
-        if need_x and is_x:
-            kernels.matmul_add(dx, dh, A)
         dA = kernels.matmul(dh.T, z) if need_A else None
         dB = kernels.matmul(dy.T, h * scale) if need_B else None
-        return None if dx is None else dx.reshape(x_shape), None, None, dA, dB, dropped
+        dx = dz = None
+        if need_x:
+            dx = times(dy, w)
+            if is_x:
+                kernels.matmul_add(dx, dh, A)
+            dx = dx.reshape(x_shape)
+        if need_dropped:
+            dz = kernels.matmul(dh, A).reshape(x_shape)
+        return dx, None, None, dA, dB, dz
 
 
 class DoraLinear(Op):
@@ -92,7 +97,7 @@ class DoraLinear(Op):
         dh = kernels.matmul(du, B * scale)
         dA = kernels.matmul(dh.T, z) if need_A else None
         dB = kernels.matmul(du.T, h * scale) if need_B else None
-        dm = np.einsum("no,no->o", dy, u) / norm if need_m else None
+        dm = _column_products(dy, u).astype(dy.dtype) / norm if need_m else None
         dx = dropped = None
         if not is_x and need_x:  # x reaches y through (x - z) W^T alone
             dx = times(dy, w).reshape(x_shape)
@@ -124,6 +129,14 @@ class LoraEmbedding(Op):
         if self.needs[3]:
             dB = kernels.matmul(dy.T, h * scale)
         return None, None, dA, dB
+
+
+def _column_products(dy: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Sum over the rows of dy u, both (N, O) -> (O,) float64; a few rows at a time, always in the same order."""
+    total = np.zeros(dy.shape[1])
+    for at in range(0, len(dy), ROWS):
+        total += (dy[at : at + ROWS] * u[at : at + ROWS]).sum(axis=0)
+    return total
 
 
 def lora_linear(x: Any, w: Any, b: Any, A: Any, B: Any, *, scale: float, dropped: Any = None) -> Tensor:
@@ -211,7 +224,7 @@ def update_norm(squares: np.ndarray, aw: np.ndarray, A: np.ndarray, B: np.ndarra
     At least the smallest float: a row of zeros has a magnitude of 0 too, and is to stay 0.
     """
     A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
-    cross = np.einsum("or,ro->o", B, aw.astype(np.float64, copy=False))
-    own = np.einsum("or,or->o", B @ (A @ A.T), B)
+    cross = (B * aw.T).sum(axis=1)  # not einsum, whose order of summing depends on where arrays lie
+    own = ((B @ (A @ A.T)) * B).sum(axis=1)
     total = squares + 2 * scale * cross + scale * scale * own
     return np.sqrt(np.maximum(total, np.finfo(np.float32).tiny))
