@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,12 @@ from entrenar.files import write_file
 from entrenar.observe.report import write_report
 from entrenar.training import finetune, machine, pretrain, summary
 from entrenar.training.checkpoint import CheckpointError, Saved, clean, load_saved, newest, saved_steps
-from entrenar.training.config import Config, ConfigError, FineTuning, kind_of, options, read_config, to_toml
+from entrenar.training.config import ConfigError, FineTuning, Run, kind_of, options, read_config, to_toml
 from entrenar.training.curve import render
 from entrenar.training.display import Display, HeldOut, make_display
 from entrenar.training.metrics import METRICS
-from entrenar.training.pretrain import DATA
 from entrenar.training.plan import Plan
+from entrenar.training.pretrain import DATA
 from entrenar.training.signals import listening
 from entrenar.training.task import Sample
 from entrenar.training.trainer import Trainer
@@ -40,12 +41,10 @@ from entrenar.version import __version__
 CONFIG, LOCK = "config.toml", ".lock"
 
 # What a resumed run may change: nothing that decides what a weight or a batch is.
-CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.epochs", "training.clip_norm", "training.on_spike",
-              "training.spike_sigma", "training.activation_checkpointing", "base.model"}  # fmt: skip
+CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.epochs", "training.clip_norm",
+              "training.on_spike", "training.spike_sigma", "training.activation_checkpointing",
+              "base.model"}  # fmt: skip
 CHANGEABLE_BEGINNINGS = ("training.eval_", "training.sample_", "training.report_")
-
-
-Run = Config | FineTuning
 
 
 def kind(config: Run) -> Any:
@@ -253,10 +252,10 @@ def changed(run: Path, overrides: Sequence[tuple[str, str]]) -> Run:
     if fixed:
         raise ConfigError(
             f"{', '.join(fixed)}: cannot change while a run goes on: it would be another run; what can: lr_schedule.*, "
-            "checkpointing.*, base.model where it was moved, training.steps, epochs, clip_norm, on_spike, spike_sigma, activation_checkpointing, "
-            "eval_*, sample_*, report_every"
+            "checkpointing.*, base.model where it was moved, training.steps, epochs, clip_norm, on_spike, spike_sigma, "
+            "activation_checkpointing, eval_*, sample_*, report_every"
         )
-    config: Run = read_config(run / CONFIG, overrides, its)  # type: ignore[assignment]
+    config = read_config(run / CONFIG, overrides, its)
     if any(name == "training.steps" for name, _ in overrides):
         config.training.budget = ""  # the clock chose until now
     return config

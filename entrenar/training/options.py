@@ -16,7 +16,6 @@ from entrenar.optim import SCHEDULES, schedule
 from entrenar.training.budget import seconds_of
 from entrenar.training.option import ConfigError, Option, Places, Sections, option
 
-
 # The [model] of the default run, where it differs from LlamaConfig's defaults (which are the 7B LLaMA's).
 MODEL = {
     "vocab_size": None,
