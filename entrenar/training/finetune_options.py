@@ -88,7 +88,6 @@ class FineLearningRate(LearningRate):
     learning_rate: float | None = option(  # type: ignore[assignment]
         None, "its peak; none: 2e-4 for adapters, 2e-5 for full fine-tuning", above=0
     )
-    min_ratio: float = option(0.0, "the last learning rate, as a share of the peak", low=0, high=1)
 
     @property
     def peak(self) -> float:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def start(config: Run, *, force: bool = False) -> int:
 
     Raises before there is a folder where the configuration, the text or the model to start from cannot be used.
     """
-    began = time.perf_counter()
+    began, config = time.perf_counter(), config.settled
     run = run_folder(config)
     display = make_display(report_every=config.training.report_every)
     try:
@@ -92,7 +93,7 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
             f"{run}: no {CONFIG}: this is no run's folder; "
             + (f"the run is {run.parent}" if inside else "name one, or begin one with `entrenar train`")
         )
-    config = changed(run, overrides)
+    config = changed(run, overrides).settled
     config = replace(config, checkpointing=replace(config.checkpointing, out=str(run)))
     display = make_display(report_every=config.training.report_every)
     try:
@@ -186,7 +187,9 @@ def finish(trainer: Trainer, here: machine.Machine) -> tuple[HeldOut | None, lis
         last = trainer.look(whole=True)
         if trainer.config.training.sample_tokens:
             samples = trainer.samples()
-            write_file(trainer.run / "sample.txt", "\n".join(s.prompt + s.text + "\n" for s in samples))
+            earlier = trainer.before.samples if trainer.before else []
+            pairs = zip_longest(samples, earlier[: len(samples)])
+            write_file(trainer.run / "sample.txt", "\n".join(summary.written(*pair) + "\n" for pair in pairs))
     stopped = trainer.stopping
     trainer.log(
         "end",
@@ -196,6 +199,7 @@ def finish(trainer: Trainer, here: machine.Machine) -> tuple[HeldOut | None, lis
         seconds=trainer.seconds,
         memory_peak=machine.memory_peak(),
         held_out_bits_per_byte=last.bits_per_byte if last else None,
+        held_out_loss=last.loss if last else None,
     )
     pictures(trainer, here)
     trainer.display.doing("done")

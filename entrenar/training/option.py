@@ -196,6 +196,11 @@ class Sections:
     def set(self, option: Option, value: Any) -> None:
         setattr(getattr(self, option.section), option.name, value)
 
+    @property
+    def settled(self) -> Any:
+        """These options, where one waits for another: with that one's consequence."""
+        return self
+
     def contradictions(self, at: Places) -> list[str]:
         """What each value allows, but not all of them together."""
         return []
