@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,9 +105,14 @@ class ChatTask:
                 rng=np.random.default_rng(t.seed),
                 stop=(tokenizer.end_id,),
             )
-            text = tokenizer.decode([token for token in ids if token != tokenizer.end_id])
-            written.append(Sample(tokenizer.decode(prompt)[-SHOWN:], text, tokenizer.decode(wanted)))
+            before, text, there = (tokenizer.decode(self._shown(part)) for part in (prompt, ids, wanted))
+            written.append(Sample(before[-SHOWN:], text, there))
         return written
+
+    def _shown(self, ids: Iterable[int]) -> list[int]:
+        """Without the tokens that begin and end a text, which say nothing to people."""
+        tokenizer = self.data.tokenizer
+        return [token for token in ids if token not in (tokenizer.end_id, tokenizer.begin_id)]
 
     def _prompts(self) -> Iterator[tuple[list[int], list[int]]]:
         """(ids before an answer, ids of the answer) of the first held-out examples, or the prompt that was given."""
