@@ -16,8 +16,9 @@ from entrenar.training.finetune_options import FULL, FineTuning
 from entrenar.training.finetune_rehearsal import LowRank
 from entrenar.training.option import ConfigError
 
-SHORT = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
-         "down_proj": "down", "input_layernorm": "norm1", "post_attention_layernorm": "norm2"}  # fmt: skip
+PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
+               "down_proj": "down"}  # fmt: skip
+SHORT = PROJECTIONS | {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def lora_config(config: FineTuning) -> LoraConfig:
             lora_dropout=a.dropout,
             use_rslora=a.rslora,
             use_dora=a.kind == "dora",
-            target_modules="all-linear" if a.targets == ["all-linear"] else a.targets,
+            target_modules=list(PROJECTIONS) if a.targets == ["all-linear"] else a.targets,
             exclude_modules=a.exclude or None,
             layers_to_transform=a.layers or None,
             rank_pattern=a.rank_pattern,
