@@ -13,6 +13,8 @@ from itertools import combinations
 
 import numpy as np
 
+from entrenar.kernels.packed import Packed
+
 
 def matmul(a: np.ndarray, b: np.ndarray) -> None:
     """a (..., M, K) @ b (..., K, N), batch axes broadcast."""
@@ -25,6 +27,21 @@ def matmul(a: np.ndarray, b: np.ndarray) -> None:
             np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         except ValueError:
             raise ValueError(f"matmul: batch axes do not broadcast: a {a.shape} @ b {b.shape}") from None
+
+
+def matmul_add(c: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """c (M, N) += a (M, K) @ b (K, N); c writable, and not in the memory of a or b."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or c.shape != (a.shape[0], b.shape[1]):
+        raise ValueError(f"matmul_add: wants c (M, N), a (M, K), b (K, N), got {c.shape}, {a.shape}, {b.shape}")
+    if not c.flags.writeable or np.may_share_memory(c, a) or np.may_share_memory(c, b):
+        raise ValueError("matmul_add: c changes in place: it must be writable, and not in the memory of a or b")
+
+
+def packed(kernel: str, x: np.ndarray, w: Packed, axis: int) -> None:
+    """x (N, features), as many as w has along `axis`: rows (0) or columns (1)."""
+    if x.ndim != 2 or x.shape[1] != w.shape[axis]:
+        wanted = f"(N, {w.shape[axis]})"
+        raise ValueError(f"{kernel}: a packed matrix of shape {w.shape} wants rows of shape {wanted}, got {x.shape}")
 
 
 def rows(kernel: str, x: np.ndarray) -> None:
@@ -148,9 +165,11 @@ def cross_entropy(kernel: str, logits: np.ndarray, targets: np.ndarray, *, ignor
 
 
 def linear_cross_entropy(
-    x: np.ndarray, w: np.ndarray, targets: np.ndarray, *, ignore_index: int
+    x: np.ndarray, w: np.ndarray | Packed, targets: np.ndarray, *, ignore_index: int, need_dw: bool
 ) -> np.ndarray:
     """x (N, C), w (V, C), targets (N,); returns targets as int64."""
+    if need_dw and isinstance(w, Packed):
+        raise ValueError(f"linear_cross_entropy: w is packed ({w.kind}), so frozen: it has no gradient")
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or np.shape(targets) != x.shape[:1]:
         raise ValueError(
             "linear_cross_entropy: wants x (N, C), w (V, C) and targets (N,), "

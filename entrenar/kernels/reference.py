@@ -15,9 +15,12 @@ import time
 import numpy as np
 
 from entrenar.kernels import checks
+from entrenar.kernels.packed import Packed
+from entrenar.kernels.reference_packed import packed_linear, packed_linear_backward, unpack, unpack_rows
 
 __all__ = [  # the kernels, each of them also in native.py; besides, ops/elementwise.py reads sigmoid and erf
-    "matmul",
+    "matmul", "matmul_add",
+    "unpack", "unpack_rows", "packed_linear", "packed_linear_backward",
     "softmax_forward", "softmax_backward", "log_softmax_forward", "log_softmax_backward",
     "rms_norm_forward", "rms_norm_backward", "layer_norm_forward", "layer_norm_backward",
     "rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward",
@@ -45,6 +48,13 @@ def matmul(a: Array, b: Array) -> Array:
     checks.matmul(a, b)
     with silent():
         return np.matmul(a, b)
+
+
+def matmul_add(c: Array, a: Array, b: Array) -> None:
+    """c += a b, in place          a (M, K)   b (K, N)   c (M, N)"""
+    checks.matmul_add(c, a, b)
+    with silent():
+        c += np.matmul(a, b)
 
 
 # -- softmax
@@ -362,15 +372,16 @@ def cross_entropy_backward(
 
 
 def linear_cross_entropy(
-    x: Array, w: Array, targets: Array, *, ignore_index: int, scale: float, need_dx: bool, need_dw: bool
+    x: Array, w: Array | Packed, targets: Array, *, ignore_index: int, scale: float, need_dx: bool, need_dw: bool
 ) -> tuple[Array, Array | None, Array | None]:
     """losses = cross_entropy(x w^T, targets), and the gradients dx, dw of scale * sum(losses)
 
-    x, dx (N, C)   w, dw (V, C)   targets, losses (N,); dx, dw None unless needed. Rows are taken in chunks, and a
-    chunk's gradients are made while its logits are there, so the (N, V) logits are never whole. Rows whose target is
-    ignored are left out from the start.
+    x, dx (N, C)   w, dw (V, C)   targets, losses (N,); dx, dw None unless needed, dw never of a packed w. Rows are
+    taken in chunks, and a chunk's gradients are made while its logits are there, so the (N, V) logits are never whole.
+    Rows whose target is ignored are left out from the start.
     """
-    targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index)
+    targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index, need_dw=need_dw)
+    w = unpack(w).astype(x.dtype) if isinstance(w, Packed) else w
     kept, V = np.flatnonzero(targets != ignore_index), w.shape[0]
     dtype = np.result_type(x, w)
     losses = np.zeros(x.shape[0], dtype)

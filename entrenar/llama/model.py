@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from entrenar import ops
+from entrenar.kernels.packed import Packed
 from entrenar.llama.config import LlamaConfig
 from entrenar.nn import Embedding, Linear, Module, RMSNorm
 from entrenar.ops.loss import Reduction
@@ -170,7 +171,7 @@ class Llama(Module):
         return save_pretrained(self, folder, dtype=dtype, max_shard_size=max_shard_size, tokenizer=tokenizer)
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor | Packed:
         """The matrix that turns hidden states into logits (V, C): the embedding's own when tied."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
@@ -200,7 +201,11 @@ class Llama(Module):
 
     def forward(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V)"""
-        return ops.linear(self.hidden(ids, cache), self.head_weight)
+        return self.logits(self.hidden(ids, cache))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)"""
+        return ops.linear(x, self.head_weight)
 
     def loss(self, ids: np.ndarray, targets: np.ndarray, *, starts: np.ndarray | None = None,
              reduction: Reduction = "mean") -> Tensor:  # fmt: skip
