@@ -31,7 +31,7 @@ void ent_unpack(float *restrict to, const ent_packed *w);
 void ent_unpack_rows(float *restrict to, const ent_packed *w, const int64_t *restrict rows, int64_t n);
 
 // y (N, O) = x W^T,  dx (N, I) = dy W;  x (N, I), dy (N, O), w (O, I), all contiguous; `scratch` holds
-// ent_packed_linear_scratch(threads, N, I) floats, ent_matmul_scratch(threads) for the backward, 64-byte aligned
+// ent_packed_linear_scratch(threads, N, I) floats, 64-byte aligned
 void ent_packed_linear(float *restrict y, const float *restrict x, const ent_packed *w, float *restrict scratch,
                        int64_t threads, int64_t N);
 int64_t ent_packed_linear_scratch(int64_t threads, int64_t N, int64_t I);
