@@ -221,3 +221,99 @@ def test_tied_embeddings_are_peft_s_too(fields, tmp_path):
     theirs.save_pretrained(tmp_path)
     load_adapter(ours, tmp_path)
     assert_equal_logits(ours, theirs)
+
+
+# -- one step of training
+
+
+TARGETS = IDS[:, 1:].copy()
+TARGETS[0, 3:6] = -100
+LR, EPS = 1e-2, 1e-3  # of Adam: an eps that is not far below the gradients, whose last digits else decide the step
+
+
+def peft_name(name):
+    """Ours -> the name of the parameter in PEFT's model; they are the same."""
+    return f"base_model.model.{name}"
+
+
+def one_step(theirs, ours, tolerance):
+    """Loss, gradients and what one step of AdamW makes of the adapter, in both."""
+    out = theirs(torch.tensor(IDS[:, :-1])).logits
+    their_loss = torch.nn.functional.cross_entropy(out.reshape(-1, 97), torch.tensor(TARGETS.reshape(-1)))
+    their_loss.backward()
+    loss = ours.loss(IDS[:, :-1], TARGETS)
+    loss.backward()
+    assert loss.item() == pytest.approx(their_loss.item(), rel=tolerance)
+    trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    own = dict(ours.named_parameters())
+    assert {peft_name(name) for name in own} == set(trained)
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR, eps=EPS, weight_decay=0.0)
+    optimizer.step()
+    adam = AdamW(own.items(), lr=LR, eps=EPS, weight_decay=0.0)
+    adam.step()
+    assert set(adam.m) == set(own), "no state for the base"
+    for name, p in own.items():
+        wanted = trained[peft_name(name)]
+        gradient = wanted.grad.numpy()
+        far = tolerance * np.abs(gradient).max()
+        np.testing.assert_allclose(p.grad, gradient, atol=far, rtol=0, err_msg=name)
+        # the step is lr g / (|g| + eps), which turns an error of the gradient into lr / eps times as much
+        step = LR * far / EPS + 4 * np.finfo(p.dtype).eps * np.abs(p.data).max()
+        np.testing.assert_allclose(p.data, wanted.detach().numpy(), atol=step, rtol=0, err_msg=name)
+
+
+STEPS = {name: CONFIGS[name] for name in ("rslora", "dora", "all-linear", "modules_to_save", "embeddings",
+                                          "dora embeddings", "head")}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 2e-6), ("float32", 1e-4)])  # their RoPE tables are float32
+@pytest.mark.parametrize("fields", STEPS.values(), ids=STEPS.keys())
+def test_one_step_of_training_equals_peft(fields, dtype, tolerance, checkpointing, tmp_path):
+    theirs, ours = models(dtype)
+    theirs = with_peft(theirs, fields, **QUIET)
+    for p in theirs.parameters():
+        p.data = p.data.to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path)
+    load_adapter(ours, tmp_path, trainable=True)
+    ours.checkpointing = checkpointing
+    one_step(theirs, ours, tolerance)
+
+
+def quantized(theirs, ours, quant_type, nested):
+    """Every linear layer but the head as bitsandbytes' Linear4bit in one, as the same bytes in the other."""
+    bnb = pytest.importorskip("bitsandbytes")
+    modules = dict(ours.named_modules())
+    for name, module in list(theirs.named_modules()):
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        made = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32,
+                                 quant_type=quant_type, compress_statistics=nested)  # fmt: skip
+        made.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type=quant_type,
+                                        compress_statistics=nested)  # fmt: skip
+        made = made.to("cpu")
+        made.support_avx512bf16_for_cpu = False  # or it repacks, and loses digits of the scales, when no gradient is asked
+        parent, _, last = name.rpartition(".")
+        setattr(theirs.get_submodule(parent), last, made)
+        modules[name].weight = packed(made.weight, quant_type)
+    theirs.is_loaded_in_4bit = True
+
+
+def packed(weight, quant_type):
+    state = weight.quant_state
+    scales = state.absmax.numpy()
+    if state.nested:
+        inner = state.state2
+        scales = Nested(scales, inner.code.numpy(), inner.absmax.numpy(), float(state.offset), inner.blocksize)
+    return Packed(quant_type, tuple(state.shape), weight.data.numpy().reshape(-1).copy(), scales, state.blocksize)
+
+
+@pytest.mark.parametrize("fields", [CONFIGS["all-linear"], CONFIGS["dora"], CONFIGS["rslora"]], ids=["all", "dora", "rs"])
+@pytest.mark.parametrize("quant_type, nested", [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_one_step_of_qlora_equals_peft_with_bitsandbytes(fields, quant_type, nested, tmp_path):
+    theirs, ours = models()
+    quantized(theirs, ours, quant_type, nested)
+    theirs = with_peft(theirs, fields, **QUIET)
+    theirs.save_pretrained(tmp_path)
+    load_adapter(ours, tmp_path, trainable=True)
+    one_step(theirs, ours, 1e-4)
