@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from entrenar.kernels.packed import Nested, Packed
+from entrenar.kernels.reference_packed import unpack
+
 EPS = float(np.finfo(np.float32).eps)
 TINY = 2 * float(np.finfo(np.float32).tiny)  # results below twice the smallest normal number may become zero
 IGNORE = -100
@@ -236,6 +239,47 @@ def total(length: int) -> float:
 
 def bound_matmul(c, a, b):
     return total(a.shape[-1]) * (np.abs(a) @ np.abs(b))
+
+
+def random_packed(rng: np.random.Generator, kind: str, O: int, I: int, *, block: int = 64) -> Packed:
+    """A matrix in a storage format whose every code is random; kind "nf4 nested" has scales in 8 bits."""
+    n, (kind, _, nested) = O * I, kind.partition(" ")
+    blocks = -(-n // block)
+    if kind == "bfloat16":
+        return Packed(kind, (O, I), (normal(rng, n).view(np.uint32) >> 16).astype(np.uint16))
+    codes = rng.integers(-127, 128, n).astype(np.int8) if kind == "q8_0" else random_bytes(rng, -(-n // 2))
+    if not nested:
+        return Packed(kind, (O, I), codes, rng.random(blocks, np.float32), block)
+    table, absmax = np.sort(normal(rng, 256)), rng.random(-(-blocks // 256), np.float32)
+    return Packed(kind, (O, I), codes, Nested(random_bytes(rng, blocks), table, absmax, 0.625), block)
+
+
+def random_bytes(rng: np.random.Generator, n: int) -> np.ndarray:
+    return rng.integers(0, 256, n).astype(np.uint8)
+
+
+PACKED = ("nf4", "nf4 nested", "fp4", "q8_0", "bfloat16")
+
+
+def oi(N: int, O: int, I: int, kind: str, block: int = 64) -> dict[str, Any]:
+    return {"N": N, "O": O, "I": I, "kind": kind, "block": block}
+
+
+def packed_case(kernel: str, make: Callable[..., dict[str, Any]], bounds: Callable[..., Any]) -> Case:
+    """Few rows and many, rows of whole blocks and blocks that run across rows, odd rows that share a byte."""
+    return Case(
+        kernel,
+        make,
+        bounds,
+        sizes=tuple(
+            oi(N, O, I, kind, block)
+            for kind in PACKED
+            for N, O, I, block in ((1, 6, 64, 64), (3, 7, 13, 64), (8, 33, 192, 32), (4, 9, 256, 64), (40, 70, 100, 2))
+        ),
+        empty=(oi(0, 3, 4, "nf4"), oi(3, 0, 4, "nf4"), oi(3, 4, 0, "bfloat16"), oi(0, 0, 0, "q8_0")),
+        tails=(lambda n: oi(9, 5, n, "nf4 nested"), lambda n: oi(2, n, 64, "nf4"), lambda n: oi(n, 17, 32, "q8_0", 32)),
+        large=oi(160, 321, 259, "nf4 nested"),
+    )
 
 
 def below_max(x):
@@ -566,6 +610,30 @@ CASES = (
             lambda n: {"M": 2, "K": 37, "N": n},
         ),
         large={"M": 321, "K": 300, "N": 259},
+    ),
+    Case(
+        "matmul_add",
+        lambda rng, M, K, N: {"c": normal(rng, M, N), "a": normal(rng, M, K), "b": normal(rng, K, N)},
+        lambda result, c, a, b: EPS * np.abs(result) + bound_matmul(c, a, b),
+        sizes=({"M": 1, "K": 1, "N": 1}, {"M": 7, "K": 13, "N": 17}, {"M": 65, "K": 16, "N": 130}),
+        empty=({"M": 0, "K": 3, "N": 4}, {"M": 3, "K": 0, "N": 4}, {"M": 3, "K": 4, "N": 0}),
+        tails=(
+            lambda n: {"M": n, "K": 9, "N": 11},
+            lambda n: {"M": 9, "K": n, "N": 11},
+            lambda n: {"M": 2, "K": 9, "N": n},
+        ),
+        large={"M": 321, "K": 300, "N": 259},
+        in_place=("c",),
+    ),
+    packed_case(
+        "packed_linear",
+        lambda rng, N, O, I, kind, block: {"x": normal(rng, N, I), "w": random_packed(rng, kind, O, I, block=block)},
+        lambda y, x, w: bound_matmul(y, x, unpack(w).astype(np.float64).T),
+    ),
+    packed_case(
+        "packed_linear_backward",
+        lambda rng, N, O, I, kind, block: {"dy": normal(rng, N, O), "w": random_packed(rng, kind, O, I, block=block)},
+        lambda dx, dy, w: bound_matmul(dx, dy, unpack(w).astype(np.float64)),
     ),
     rows_case("softmax_forward", lambda rng, N, C: {"x": 3 * normal(rng, N, C)}, bound_softmax_forward),
     rows_case(

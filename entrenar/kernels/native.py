@@ -36,7 +36,7 @@ from entrenar.kernels.calling import (  # noqa: F401 (what kernels/__init__.py a
     strided,
     use_isa,
 )
-from entrenar.kernels.native_packed import packed_linear, packed_linear_backward, unpack, unpack_rows  # noqa: F401
+from entrenar.kernels.native_packed import packed, packed_linear, packed_linear_backward, unpack, unpack_rows  # noqa: F401
 from entrenar.kernels.packed import Packed
 
 
@@ -96,12 +96,21 @@ def matmul(a: Array, b: Array) -> Array:
     threads = lib.ent_num_threads
     work = scratch(lib.ent_matmul_scratch(threads))
     lib.ent_matmul(at(c), at_strided(a), at_strided(b), work, threads, count, m, n, k,
-                   a_group, a_row, a_col, b_group, b_row, b_col)
+                   a_group, a_row, a_col, b_group, b_row, b_col, 0)
     return c
 
 
 def matmul_add(c: Array, a: Array, b: Array) -> None:
-    reference.matmul_add(c, a, b)
+    checks.matmul_add(c, a, b)
+    if not (c.dtype is F32 and c.flags.carray and float32(a, b)):
+        return reference.matmul_add(c, a, b)
+    (m, k), n = a.shape, b.shape[1]
+    if c.size and k:
+        (a, a_row, a_col), (b, b_row, b_col) = matrices(a), matrices(b)
+        threads = lib.ent_num_threads
+        work = scratch(lib.ent_matmul_scratch(threads))
+        lib.ent_matmul(at(c), at_strided(a), at_strided(b), work, threads, 1, m, n, k,
+                       0, a_row, a_col, 0, b_row, b_col, 1)
 
 
 # ---- rows: softmax, norms, rope, swiglu, loss, embedding, optimizer -------------------------------------------------
@@ -317,10 +326,11 @@ def linear_cross_entropy(
     x: Array, w: Array | Packed, targets: Array, *, ignore_index: int, scale: float, need_dx: bool, need_dw: bool
 ) -> tuple[Array, Array | None, Array | None]:
     targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index, need_dw=need_dw)
-    if isinstance(w, Packed) or not float32(x, w):
+    if not float32(x) or not (isinstance(w, Packed) or float32(w)):
         return reference.linear_cross_entropy(
             x, w, targets, ignore_index=ignore_index, scale=scale, need_dx=need_dx, need_dw=need_dw)
-    x, w, targets = floats(x), floats(w), ints(targets)
+    x, w, targets = floats(x), w if isinstance(w, Packed) else floats(w), ints(targets)
+    head = (ffi.NULL, packed(w)) if isinstance(w, Packed) else (at(w), ffi.NULL)
     trained = np.flatnonzero(targets != ignore_index)
     N, C, V = len(trained), x.shape[1], w.shape[0]
 
@@ -332,7 +342,7 @@ def linear_cross_entropy(
         chunk, threads = linear_cross_entropy_chunk(N, V), lib.ent_num_threads
         work = scratch(lib.ent_linear_cross_entropy_scratch(threads, chunk, C, V))
         lib.ent_linear_cross_entropy(
-            at(losses), ffi.NULL if dx is None else at(dx), ffi.NULL if dw is None else at(dw), at(x), at(w),
+            at(losses), ffi.NULL if dx is None else at(dx), ffi.NULL if dw is None else at(dw), at(x), *head,
             at_ints(targets), at_ints(trained), work, threads, scale, N, C, V, chunk)
     return losses, dx, dw
 

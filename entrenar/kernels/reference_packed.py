@@ -28,7 +28,7 @@ def unpack(w: Packed) -> Array:
     return _values(w, np.arange(w.size)).reshape(w.shape)
 
 
-def unpack_rows(w: Packed, ids: Array) -> Array:
+def unpack_rows(ids: Array, w: Packed) -> Array:
     """W[ids]          ids (...) integers   -> (..., I) float32"""
     ids = checks.indices("unpack_rows", "ids", ids, w.shape[0])
     return _values(w, ids[..., None] * w.shape[1] + np.arange(w.shape[1]))

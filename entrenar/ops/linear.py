@@ -79,7 +79,7 @@ class Embedding(Op):
 
     def forward(self, ids, w):
         self.save(ids, w.shape[0])
-        return kernels.unpack_rows(w, ids) if isinstance(w, Packed) else w[ids]
+        return kernels.unpack_rows(ids, w) if isinstance(w, Packed) else w[ids]
 
     def backward(self, dy):
         # dW[i] = sum of dy over the places where ids is i
