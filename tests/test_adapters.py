@@ -64,7 +64,7 @@ def in_nf4(model):
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name != "lm_head":
             n = module.weight.size
-            scales = rng.uniform(0.2, 0.5, -(-n // 64)).astype(np.float32)
+            scales = rng.uniform(0.1, 0.25, -(-n // 64)).astype(np.float32)
             codes = rng.integers(0, 256, -(-n // 2)).astype(np.uint8)
             module.weight = Packed("nf4", module.weight.shape, codes, scales)
     return model

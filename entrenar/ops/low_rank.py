@@ -113,7 +113,8 @@ class LoraEmbedding(Op):
 
     def forward(self, ids, w, A, B, *, scale):
         h = A[:, ids.reshape(-1)].T  # (N, r)
-        y = (kernels.unpack_rows(ids, w) if isinstance(w, Packed) else w[ids]).reshape(-1, w.shape[1])
+        y = kernels.unpack_rows(ids, w) if isinstance(w, Packed) else w[ids]
+        y = y.reshape(-1, w.shape[1]).astype(A.dtype, copy=False)
         kernels.matmul_add(y, h, (B * scale).T)
         self.save(ids, h if self.needs[3] else None, B, A.shape[1], scale)
         return y.reshape(*ids.shape, w.shape[1])
