@@ -1,13 +1,9 @@
 """Chat templates in the style of those in use, and conversations to write with them."""
 
 CHATML = """\
-{% for message in messages %}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{% endfor %}
-{% if add_generation_prompt %}
-{{ '<|im_start|>assistant\\n' }}
-{% endif %}
-"""
+{% for message in messages %}\
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 CHATML_DEFAULT_SYSTEM = """\
 {%- if messages[0]['role'] != 'system' -%}

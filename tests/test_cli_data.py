@@ -93,7 +93,7 @@ def test_words_that_could_be_mistaken_are_escaped(capsys, text):
 def test_a_character_over_several_tokens_stands_at_its_last(capsys, text):
     _, rows = shown(capsys, text, "-n", "9", **{"data.tokenizer": "bytes", "training.context": 60})
     whole = "|".join("|".join(row) for row in rows)
-    assert f"{shown_tokens.PENDING}|ï" in whole and f"{tokens.PENDING}|{tokens.PENDING}|日" in whole
+    assert f"{shown_tokens.PENDING}|ï" in whole and f"{shown_tokens.PENDING}|{shown_tokens.PENDING}|日" in whole
 
 
 def test_on_a_terminal_the_borders_and_the_ignored_are_seen_by_colour(text, monkeypatch):
