@@ -212,12 +212,12 @@ class Llama(Module):
         """Raise ValueError where layers have adapters beside them: `what` is for plain models."""
         if any(name.endswith(".base_layer") for name, _ in self.named_modules()):
             raise ValueError(
-                f"{what}: this model has adapters beside its layers; save_adapter() writes an adapter, merge_adapter() a "
-                "plain model, and remove_adapter() leaves the base"
+                f"{what}: this model has adapters beside its layers; save_adapter() writes an adapter, merge_adapter() "
+                "a plain model, and remove_adapter() leaves the base"
             )
 
     def whole_state(self, what: str) -> dict[str, np.ndarray]:
-        """`state_dict`, for a file of the whole model. Raises ValueError where it is not all: adapters, packed weights."""
+        """`state_dict`, for a file of the whole model. Raises ValueError where it is not: adapters, packed weights."""
         self.refuse_adapters(what)
         if packed := next(self.named_packed(), None):
             raise ValueError(
