@@ -117,12 +117,6 @@ def test_a_model_with_adapters_is_no_plain_model(write, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("write", [lambda m, p: export_gguf(m, None, p), export_llama2c], ids=["gguf", "llama2c"])
-def test_packed_weights_are_not_left_out_of_a_file(write, tmp_path):
-    with pytest.raises(ValueError, match="q_proj.weight is stored as nf4; read the model as floats"):
-        write(in_nf4(llama()), tmp_path / "out")
-
-
 # -- rounding
 
 

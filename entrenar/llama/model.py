@@ -229,16 +229,6 @@ class Llama(Module):
                 "a plain model, and remove_adapter() leaves the base"
             )
 
-    def whole_state(self, what: str) -> dict[str, np.ndarray]:
-        """`state_dict`, for a file of the whole model. Raises ValueError where it is not: adapters, packed weights."""
-        self.refuse_adapters(what)
-        if packed := next(self.named_packed(), None):
-            raise ValueError(
-                f"{what}: {packed[0]} is stored as {packed[1].kind}; read the model as floats (without storage), or "
-                "merge an adapter into it, which makes floats"
-            )
-        return self.state_dict()
-
     def _rope(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows start..end of the tables, which grow on demand up to the model's context."""
         limit, have = self.config.max_position_embeddings, len(self.rope[0])
