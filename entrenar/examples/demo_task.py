@@ -1,7 +1,7 @@
 """The task of the fine-tuning demonstrations: find the date in a line of text, and write it as ISO 8601 has it.
 
-    Meeting moved to the 5th of March 2024, same room.   ->   2024-03-05
-    Photo taken Oct 31, 1987 at the lake.                ->   1987-10-31
+    Meeting: the 5th of March 2024   ->   2024-03-05
+    Valid until Oct 31, 1987         ->   1987-10-31
 
 Rows are made from a seed, the same on every machine. Each has a day of its own: no day of a held-out row, however it is
 written, is in a row that is trained. An answer is right if it is the very text, to the last character.
@@ -32,9 +32,7 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
           "November", "December")  # fmt: skip
 FORMS = ("{d} {month} {y}", "{d} {mon} {y}", "{month} {d}, {y}", "{mon} {d}, {y}", "{month} {nth}, {y}",
          "the {nth} of {month} {y}", "{d}.{m}.{y}")  # fmt: skip
-LINES = ("Born {} in Lisbon.", "Delivery expected by {}.", "Invoice 4071, due {}", "Meeting moved to {}, same room.",
-         "Next exam: {}, room 12", "Photo taken {} at the lake.", "She wrote to us on {}.", "Signed in Berlin, {}.",
-         "The shop is closed on {}.", "Valid until {}.", "Your flight leaves on {}.", "{}: first snow.")  # fmt: skip
+LINES = ("Arrived {}", "Born {}", "Due {}", "Invoice of {}", "Lisbon, {}", "Meeting: {}", "Signed {}", "Valid until {}")
 FIRST, LAST = date(1950, 1, 1), date(2049, 12, 31)
 
 

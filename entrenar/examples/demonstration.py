@@ -28,8 +28,8 @@ from entrenar.training.machine import memory_peak
 
 # What the demonstrations change of the defaults, which are for larger bases: a small one needs, and bears, larger steps
 OPTIONS = {
-    "adapter.r": 16, "lr_schedule.learning_rate": 4e-3, "training.steps": 900, "training.batch_size": 4,
-    "training.accumulation": 1, "training.eval_every": 300, "training.report_every": 50, "data.max_length": 256,
+    "lr_schedule.learning_rate": 3e-3, "training.steps": 700, "training.accumulation": 1, "training.eval_every": 100,
+    "training.report_every": 25, "training.sample_tokens": 16, "data.max_length": 256,
 }  # fmt: skip
 SHOWN = 6  # held-out rows printed
 

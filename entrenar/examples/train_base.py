@@ -1,7 +1,7 @@
 """Trains the base of the fine-tuning demonstrations again: `python -m entrenar.examples.train_base FOLDER`.
 
 What it was trained on, and how, is in base/train.toml; what came of it lies beside that file. The text is the source of
-the running Python's own library, so another version of Python gives another model that is as good.
+the running Python's own library: another version of Python gives another model, as good.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ SHARD = 350_000  # bytes: files of a repository stay small
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and write the model, in bfloat16; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m entrenar.examples.train_base", description="trains the base again")
-    parser.add_argument("folder", type=Path, help="where it goes, and the run beside it: new")
-    folder = parser.parse_args(arguments).folder
-    run = folder.with_name(f"{folder.name}-run")
-    code = entrenar(["train", "--config", str(BASE / "train.toml"), "--out", str(run)])
+    parser = argparse.ArgumentParser(
+        prog="python -m entrenar.examples.train_base", usage="%(prog)s FOLDER [--section.key VALUE ...]",
+        allow_abbrev=False, description="Trains the base of the fine-tuning demonstrations again.",
+        epilog="`entrenar train --help-options` lists the options that may follow.",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where it goes; the run goes into FOLDER-run")
+    args, more = parser.parse_known_args(arguments)
+    folder, run = args.folder, args.folder.with_name(f"{args.folder.name}-run")
+    code = entrenar(["train", "--config", str(BASE / "train.toml"), "--out", str(run), *more])
     if code == 0:
         write_base(run / "checkpoint", folder)
         print(f"{folder}: the base, as {BASE} has it")
