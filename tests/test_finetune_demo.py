@@ -27,7 +27,7 @@ from entrenar.training.config import read_config
 
 # The task
 
-SHA256 = "9edaf3b53026da5b142c062fdd99739d36d015349bc40c5f601709a744fd90a4"  # of all prompts and completions
+SHA256 = "5a7d1f43e4792d09bb72791ef20965e02141b3958d3b3564273fa054ca89c13e"  # of all prompts and completions
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,13 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys):
         finetune_lora.main(["--out", str(tmp_path)])
     assert error.value.code == 2 and "is not an empty folder" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_place_that_cannot_be_written_to_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert finetune_lora.main(["--out", str(tmp_path / "thesis.txt" / "run")]) == 1
+    errors = capsys.readouterr().err
+    assert "thesis.txt" in errors and errors.count("\n") == 1
 
 
 def test_options_are_those_of_entrenar_finetune_and_its_refusal_is_the_exit_code(tmp_path, capsys, monkeypatch):

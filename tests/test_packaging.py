@@ -190,7 +190,7 @@ def test_the_main_job_explains_itself_once_installed(installed, folder):
 
 
 def test_the_base_of_the_demonstrations_loads_once_installed(installed, folder):
-    code = "from entrenar.examples.train_base import BASE; from entrenar.llama import Llama; Llama.from_pretrained(BASE)"
+    code = "from entrenar.examples import train_base, demo_task; demo_task.Llama.from_pretrained(train_base.BASE)"
     execute(installed, "-c", code, cwd=folder)
 
 

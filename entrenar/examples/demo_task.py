@@ -25,7 +25,7 @@ from entrenar.files import write_file
 from entrenar.llama import KVCache, Llama
 from entrenar.tensor import no_grad
 
-TRAIN, HELD_OUT = 6000, 500  # rows
+TRAIN, HELD_OUT = 12000, 500  # rows
 LONGEST = 16  # tokens of an answer; a right one has ten characters
 
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",

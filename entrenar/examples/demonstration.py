@@ -20,6 +20,7 @@ from pathlib import Path
 
 from entrenar.adapters import count, load_adapter
 from entrenar.cli import main as entrenar
+from entrenar.cli import told
 from entrenar.data import load_tokenizer
 from entrenar.examples.demo_task import answers, exact_match, write_rows
 from entrenar.examples.train_base import BASE
@@ -28,7 +29,7 @@ from entrenar.training.machine import memory_peak
 
 # What the demonstrations change of the defaults, which are for larger bases: a small one needs, and bears, larger steps
 OPTIONS = {
-    "lr_schedule.learning_rate": 3e-3, "training.steps": 700, "training.accumulation": 1, "training.eval_every": 100,
+    "lr_schedule.learning_rate": 3e-3, "training.steps": 1000, "training.accumulation": 1, "training.eval_every": 100,
     "training.report_every": 25, "training.sample_tokens": 16, "data.max_length": 256,
 }  # fmt: skip
 SHOWN = 6  # held-out rows printed
@@ -41,6 +42,14 @@ class Outcome:
     code: int
     before: float
     after: float
+
+
+def run(name: str, storage: str, arguments: Sequence[str] | None = None) -> int:
+    """`demonstrate` as a command: returns the exit code, and says in one line what went wrong."""
+    try:
+        return demonstrate(name, storage, arguments).code
+    except (OSError, KeyboardInterrupt) as error:
+        return told("", error)
 
 
 def demonstrate(name: str, storage: str, arguments: Sequence[str] | None = None) -> Outcome:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from entrenar.examples.demonstration import demonstrate
+from entrenar.examples.demonstration import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demonstration; returns the exit code."""
-    return demonstrate("finetune_lora", "bfloat16", arguments).code
+    return run("finetune_lora", "bfloat16", arguments)
 
 
 if __name__ == "__main__":
