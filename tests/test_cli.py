@@ -112,7 +112,7 @@ def test_no_words_at_all_are_answered_with_the_help_and_exit_code_2(capsys):
 def test_help_comes_soon_and_imports_no_slow_library():
     code = (
         "import sys; from entrenar.cli import main; main(['--help']); "
-        "sys.exit(bool({'tokenizers', 'rich', 'PIL', 'safetensors', 'ml_dtypes', 'shtab'} & set(sys.modules)))"
+        "sys.exit(bool({'tokenizers', 'jinja2', 'rich', 'PIL', 'safetensors', 'ml_dtypes', 'shtab'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=SAME_PACKAGE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
