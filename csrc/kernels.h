@@ -118,22 +118,25 @@ double ent_sum_of_squares(const float *restrict x, int64_t n, double *restrict s
 // ---- attention.c.inc, linear_cross_entropy.c.inc -----------------------------------------------------------------
 
 // o[b,t,h] = sum_s p[s] v[b,s,y], p = softmax over s <= t + S - T of scale * q[b,t,h] . k[b,s,y], y = h KH / H
+// starts (B, T) or NULL: only s >= starts[b,t] then, where S = T, 0 <= starts[b,t] <= t, not decreasing along T
 // lse[b,h,t] = the logarithm of the softmax's denominator
 // q (B, T, H, D) and k, v (B, S, KH, D) have unit stride along D, and the element strides along their other axes
 // in strides (9): B T H of q, B S KH of k, B S KH of v. o (B, T, H, D) and lse (B, H, T) are contiguous; KH
 // divides H, S >= T. No dimension is 0. `scratch` holds ent_attention_forward_scratch() floats, linear in S.
 void ent_attention_forward(float *restrict o, float *restrict lse, const float *q, const float *k,
-                           const float *v, float *restrict scratch, int64_t threads, double scale, int64_t B,
-                           int64_t T, int64_t S, int64_t H, int64_t KH, int64_t D, const int64_t *strides);
+                           const float *v, const int64_t *starts, float *restrict scratch, int64_t threads,
+                           double scale, int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH, int64_t D,
+                           const int64_t *strides);
 int64_t ent_attention_forward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH,
                                       int64_t D);
 
 // The gradients of sum(o * dout), from what the forward took and gave: dq (B, T, H, D), dk, dv (B, S, KH, D),
-// dout and o (B, T, H, D), lse (B, H, T) are contiguous; q, k, v and strides as above.
+// dout and o (B, T, H, D), lse (B, H, T) are contiguous; q, k, v, starts and strides as above.
 void ent_attention_backward(float *restrict dq, float *restrict dk, float *restrict dv, const float *dout,
                             const float *q, const float *k, const float *v, const float *o, const float *lse,
-                            float *restrict scratch, int64_t threads, double scale, int64_t B, int64_t T,
-                            int64_t S, int64_t H, int64_t KH, int64_t D, const int64_t *strides);
+                            const int64_t *starts, float *restrict scratch, int64_t threads, double scale,
+                            int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH, int64_t D,
+                            const int64_t *strides);
 int64_t ent_attention_backward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H,
                                        int64_t KH, int64_t D);
 
