@@ -19,7 +19,7 @@ from entrenar.cli.models import Opened
 from entrenar.cli.parser import verb_parser
 from entrenar.data import IGNORE, ByteTokenizer
 from entrenar.llama import Llama, LlamaConfig
-from entrenar.training.checkpoint import save_step
+from entrenar.training.checkpoint import model_files, save_step
 from entrenar.training.evaluate import Evaluation, evaluate, perplexity, stride_of
 
 SMALL = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
@@ -212,7 +212,7 @@ def test_any_source_is_read_whole_with_an_end_token_after_each_document(run, tmp
 def test_a_checkpoint_is_evaluated_as_it_was_trained_unless_told_otherwise(run, tmp_path, model, text):
     trained = tmp_path / "run"
     trained.mkdir()
-    save_step(trained, 3, model=model, tokenizer=ByteTokenizer(), state={"config": {"training": {"context": 16}}})
+    save_step(trained, 3, write=model_files(model, ByteTokenizer()), state={"config": {"training": {"context": 16}}})
     n = json.loads(run(text, "--json", where=trained)[1])
     assert n["context"] == 16 and n["model"] == str(trained / "step-000003")
     assert n["loss"] == json.loads(run(text, "--json", "--context", 16)[1])["loss"]

@@ -26,7 +26,7 @@ from entrenar.convert.llama2c import export_llama2c
 from entrenar.data import ByteTokenizer, TokenizerError, train_bpe
 from entrenar.formats import FormatError
 from entrenar.llama import Llama, LlamaConfig, generate
-from entrenar.training.checkpoint import CheckpointError, save_step
+from entrenar.training.checkpoint import CheckpointError, model_files, save_step
 
 SMALL = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
                     max_position_embeddings=64, initializer_range=0.3, rms_norm_eps=1e-5, bos_token_id=256,
@@ -363,7 +363,7 @@ def run_folder(tmp_path, model, steps=(2, 4), **changes):
     state = {"config": {"training": {"context": 16}}} | changes
     for step in steps:
         model.head_weight.data[0, 0] = step
-        save_step(run, step, best=step == 2, keep_last_n=9, model=model, tokenizer=ByteTokenizer(), state=state)
+        save_step(run, step, best=step == 2, keep_last_n=9, write=model_files(model, ByteTokenizer()), state=state)
     return run
 
 

@@ -15,6 +15,7 @@ ENTRENAR_TRACEBACK=1 shows where an error was raised.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -25,6 +26,7 @@ from types import ModuleType
 
 VERBS = {
     "train": "entrenar.cli.train",
+    "finetune": "entrenar.cli.finetune",
     "resume": "entrenar.cli.resume",
     "plan": "entrenar.cli.plan",
     "generate": "entrenar.cli.generate",
@@ -35,7 +37,7 @@ VERBS = {
     "doctor": "entrenar.cli.doctor",
     "completion": "entrenar.cli.completion",
 }
-CONFIGURED = ("train", "resume", "plan", "data")  # those that take --section.key VALUE
+CONFIGURED = ("train", "finetune", "resume", "plan", "data")  # those that take --section.key VALUE
 
 DONE, FAILED, UNUSABLE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 
@@ -48,8 +50,9 @@ Trains LLaMA-family models on ordinary CPUs.
   entrenar COMMAND --help   options and an example
   entrenar --version        which one this is
 
-example:
+examples:
   entrenar train --data.source book.txt --budget 20m
+  entrenar finetune --base.model Llama-3.2-1B --data.source chats.jsonl
 
 Exit codes: 0 done; 1 failed on the way; 2 the command line, the configuration
 or a file cannot be used; 130 Ctrl-C, 143 SIGTERM (a training run has saved);
@@ -102,7 +105,7 @@ def run_verb(name: str, words: list[str]) -> int:
         from entrenar.cli.configuration import option_names, take_overrides
 
         overrides, words = take_overrides(words)
-        known = option_names
+        known = functools.partial(option_names, name)
     try:
         args = parser.read(words, known)
     except SystemExit:  # argparse, after printing help
@@ -134,7 +137,7 @@ def told(name: str, error: BaseException) -> int:
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
     code, message = explained(error)
-    if code == INTERRUPTED and name in ("train", "resume") and "no run yet" not in message:
+    if code == INTERRUPTED and name in ("train", "finetune", "resume") and "no run yet" not in message:
         message += "; what the run saved before is whole"
     with contextlib.suppress(OSError, ValueError):  # nobody may be listening there either
         print(f"entrenar {name}: {message}" if name else f"entrenar: {message}", file=sys.stderr)
@@ -165,7 +168,7 @@ def explained(error: BaseException) -> tuple[int, str]:
 
 UNUSABLES = (
     ("entrenar.cli.parser", "CommandLineError"),
-    ("entrenar.training.options", "ConfigError"),
+    ("entrenar.training.option", "ConfigError"),
     ("entrenar.data", "CorpusError"),
     ("entrenar.data", "TokenizerError"),
     ("entrenar.training.checkpoint", "CheckpointError"),

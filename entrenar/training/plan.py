@@ -37,8 +37,9 @@ from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training import machine
 from entrenar.training.curve import Curve
 from entrenar.training.curve import render as draw
-from entrenar.training.display import clock, size
+from entrenar.training.display import Display, clock, size
 from entrenar.training.heap import FLOAT, Heap
+from entrenar.training.option import ConfigError
 from entrenar.training.options import Config
 from entrenar.training.rehearsal import (
     BACKWARD,
@@ -134,6 +135,15 @@ class Plan:
             f"{what} {size(max(self.needed, self.preparing))} of memory, and {size(self.available)} are free now: "
             "end other programs, or it may be slowed down by swapping, or killed"
         )
+
+    def accepted(self, display: Display | None, *, force: bool) -> dict[str, Any]:
+        """The summary, where the run may begin; `display` is told the warning. Raises ConfigError where memory will not
+        do, unless `force`."""
+        if not self.fits and not force:
+            raise ConfigError(self.refusal())
+        if display is not None and self.warning():
+            display.note(self.warning())
+        return self.summary()
 
     def summary(self) -> dict[str, Any]:
         """For metrics.jsonl, where report.html finds it."""
