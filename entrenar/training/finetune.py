@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from entrenar.data import CorpusError, Tokenizer, load_tokenizer
 from entrenar.data.chat import ChatData, ChatTemplate, Keys, TemplateError, keep_template, load_template, read_examples
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.pretrained import read_config as read_shape
-from entrenar.training.base import identity_of
+from entrenar.training.base import differences, identity_of
 from entrenar.training.chat_task import ChatTask, name_of
 from entrenar.training.checkpoint import Saved, Write, model_files
 from entrenar.training.display import Display, size
@@ -204,5 +205,21 @@ def examples(config: FineTuning, display: Display) -> ChatData:
 
 
 def the_same_base(config: FineTuning, saved: Saved) -> FineTuning:
-    """The configuration, with the base's folder as it was found. Raises ConfigError where it is another base."""
-    ...
+    """The configuration, with the base's folder where it was found: as it is named, or where it was when the run began.
+
+    Raises ConfigError where it is gone, or another model.
+    """
+    kept = saved.state["base"]
+    named = base_folder(config)
+    folder = named if named.is_dir() else Path(kept["folder"])
+    if not folder.is_dir():
+        raise ConfigError(
+            f"base.model: {named}: there is no such folder; this run trains the model that was in {kept['folder']}: "
+            "`--base.model FOLDER` says where it is now"
+        )
+    if different := differences(kept["identity"], identity_of(folder)):
+        raise ConfigError(
+            f"base.model: {folder} is not the model this run began from ({', '.join(different[:5])}): an adapter "
+            "belongs to its base; `--base.model FOLDER` says where that one is"
+        )
+    return replace(config, base=replace(config.base, model=str(folder)))
