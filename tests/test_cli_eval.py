@@ -279,7 +279,7 @@ def test_weights_that_are_no_numbers_end_with_2(run, text, monkeypatch):
     broken = Llama(SMALL)
     broken.model.norm.weight.data[:] = np.nan
     opened = Opened(broken, ByteTokenizer(), "there", frozenset({256}), 64)
-    monkeypatch.setattr("entrenar.cli.models.open_model", lambda path, warn: opened)
+    monkeypatch.setattr("entrenar.cli.models.open_model", lambda path, **settings: opened)
     code, out, err = run(text)
     assert (code, out) == (2, "") and "there: the loss is nan: the model's weights hold NaN or infinity" in err
 

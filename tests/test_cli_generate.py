@@ -295,7 +295,7 @@ def test_weights_that_are_no_numbers_end_with_2(run, monkeypatch, model):
     broken = Llama(SMALL)
     broken.head_weight.data[65] = np.nan
     opened = Opened(broken, ByteTokenizer(), "there", frozenset({256}), 64)
-    monkeypatch.setattr("entrenar.cli.models.open_model", lambda path, warn: opened)
+    monkeypatch.setattr("entrenar.cli.models.open_model", lambda path, **settings: opened)
     code, out, err = run()
     assert (code, out) == (2, "")
     assert "there: sampling: token 65 has logit nan: the model's weights hold NaN or infinity" in err

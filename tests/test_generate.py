@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from entrenar import kernels, random
-from entrenar.cli.generate import StopStrings
+from entrenar.cli.writing import StopStrings
 from entrenar.llama import Llama, LlamaConfig, Reader, generate
 from entrenar.llama.generate import Sampling, candidates, sample
 

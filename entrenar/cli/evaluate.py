@@ -13,11 +13,13 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from entrenar.cli.model_options import OFF, add_model_options, opened
 from entrenar.cli.parser import CommandLineError
 from entrenar.cli.terminal import paint, visible
 
@@ -36,9 +38,10 @@ TOKENS = 4096  # in one batch, about, where --batch-size says nothing else
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "entrenar eval MODEL FILE... [options]"
-    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, or a folder as Hugging Face has it")
+    parser.add_argument("model", metavar="MODEL", help="a run, checkpoint, adapter, or Hugging Face folder")
     parser.add_argument("files", metavar="FILE", nargs="+", help="text, JSONL, folder, pattern; -: stdin")
     add = parser.add_argument
+    add_model_options(add)
     add("--context", metavar="N", type=int, help="tokens per window (default: as it was trained)")
     add("--overlap", metavar="SHARE", type=float, default=0.5, help="of a window that was read before (default 0.5)")
     add("--batch-size", metavar="N", type=int, help=f"windows at once (default: about {TOKENS:,} tokens)")
@@ -50,27 +53,33 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate each file; returns 0. Raises CommandLineError before the model takes its time."""
     _check(args)
     from entrenar import kernels
-    from entrenar.cli.models import open_model
 
     kernels.keep_freed_memory()
-    opened = open_model(args.model, warn=lambda text: print(f"entrenar eval: {text}", file=sys.stderr))
-    limit = opened.model.config.max_position_embeddings
-    context = args.context or opened.context
+    found = opened(args, NAME)
+    limit = found.model.config.max_position_embeddings
+    context = args.context or found.context
     if context > limit:
         raise CommandLineError(f"--context {context}: this model reads at most {limit:,} tokens at once")
+    if len(found.turns) > 1 and "-" in args.files:
+        raise CommandLineError("-: standard input can be read once only, and several adapters are to read it")
+    settings = {"context": context, "overlap": args.overlap}
     batch_size = args.batch_size or max(1, TOKENS // context)
-    scores = []
-    for name in args.files:
-        scores.append(score(opened, name, context=context, overlap=args.overlap, batch_size=batch_size,
-                            skip_bad=args.skip_bad))  # fmt: skip
-        if not args.json:
-            tell(scores[-1])
-    together = total(scores)
+    told = []
+    for turn in found.turns:
+        found.use(turn)
+        by = {"adapter": turn or OFF} if found.tuned else {}
+        scores = []
+        for name in args.files:
+            scores.append(score(found, name, **settings, batch_size=batch_size, skip_bad=args.skip_bad))
+            if not args.json:
+                tell(scores[-1], by)
+        together = total(scores)
+        told.append({**by, **together.numbers(), "files": [s.numbers() for s in scores]})
+        if len(scores) > 1 and not args.json:
+            tell(together, by)
     if args.json:
-        settings = {"model": str(opened.folder), "context": context, "overlap": args.overlap}
-        print(json.dumps({**settings, **together.numbers(), "files": [s.numbers() for s in scores]}))
-    elif len(scores) > 1:
-        tell(together)
+        whole = told[0] if len(told) == 1 else {"adapters": told}
+        print(json.dumps({"model": str(found.folder), **settings, **whole}))
     return 0
 
 
@@ -176,15 +185,19 @@ def total(scores: list[Score]) -> Score:
     return Score("together" if len(scores) > 1 else scores[0].source, nats, tokens, size, words, count, seconds)
 
 
-def tell(score: Score) -> None:
-    """The numbers on standard output: a small table on a terminal, one line of key=value pairs elsewhere."""
+def tell(score: Score, by: Mapping[str, Any]) -> None:
+    """The numbers on standard output: a small table on a terminal, one line of key=value pairs elsewhere.
+
+    by   {"adapter": its name}, where there are adapters
+    """
     n = score.numbers()
     if not sys.stdout.isatty():
-        values = (f"{name}={_plain(value)}" for name, value in n.items())
+        values = (f"{name}={_plain(value)}" for name, value in {**by, **n}.items())
         print(" ".join(values), flush=True)
         return
     documents = f"{score.documents:,} document{'' if score.documents == 1 else 's'}"
-    print(paint(visible(score.source), "bold"), f" {score.bytes:,} bytes in {documents}, {score.tokens:,} tokens, "
+    title = visible(score.source) + "".join(f", {name} {value}" for name, value in by.items())
+    print(paint(title, "bold"), f" {score.bytes:,} bytes in {documents}, {score.tokens:,} tokens, "
           f"{score.seconds:,.1f} s, {n['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
     for name in ("bits_per_byte", "loss", "perplexity", "perplexity_per_word", "perplexity_per_byte"):
         print(f"  {LABELS[name]:<36} {_number(n[name])}")
