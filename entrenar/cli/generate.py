@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from entrenar.cli.model_options import OFF, add_model_options, opened
 from entrenar.cli.parser import CommandLineError, told_together
 from entrenar.cli.terminal import paint
-from entrenar.cli.writing import Writing
+from entrenar.cli.writing import Page, Writing
 
 if TYPE_CHECKING:
     from entrenar.cli.models import Opened
@@ -29,7 +29,6 @@ EXAMPLE = """
 entrenar generate runs/mine --prompt "def main" --stop $'\\n\\n'
 """
 
-BETWEEN = "\n---\n"  # two of several texts, where no terminal shows which is which
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,47 +151,3 @@ def prompt_ids(opened: Opened, prompt: str, max_tokens: int, *, truncate: bool =
             "shorten it, or let --truncate-prompt keep its end"
         )
     return ids
-
-
-class Page:
-    """Where the text goes, `sys.stdout`: a terminal gets it with everything visible, a pipe or a file as it is."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.terminal = stream, stream.isatty()
-
-    def begin(self, number: int, title: str, prompt: str, *, echo: bool) -> None:
-        """What stands before the `number`-th text; its title where there are several."""
-        if self.terminal and title:
-            self._put(paint(f"-- {title}", "dim") + "\n")
-        elif number:
-            self._put(BETWEEN)
-        if self.terminal:
-            self._put(paint(self._readable(prompt), "dim"))
-        elif echo:
-            self._put(prompt)
-
-    def write_all(self, pieces: Iterable[str], *, at_once: bool) -> None:
-        """Write the pieces as they come; `at_once`: when the last has come, or Ctrl-C."""
-        waiting: list[str] = []
-        try:
-            for piece in pieces:
-                if at_once:
-                    waiting.append(piece)
-                else:
-                    self._put(self._readable(piece))
-        finally:
-            self._put(self._readable("".join(waiting)))
-
-    def end(self) -> None:
-        if self.terminal:
-            self._put("\n")
-
-    def _put(self, text: str) -> None:
-        if text:
-            self.stream.write(text)
-            self.stream.flush()
-
-    def _readable(self, text: str) -> str:
-        from entrenar.training.summary import visible
-
-        return visible(text) if self.terminal else text

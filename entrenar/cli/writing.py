@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+
+from entrenar.cli.terminal import paint
 
 if TYPE_CHECKING:
     from entrenar.cli.models import Opened
     from entrenar.llama.generate import Reader, Sampling
+
+BETWEEN = "\n---\n"  # two of several texts, where no terminal shows which is which
 
 
 class Writing:
@@ -114,3 +118,47 @@ class StopStrings:
         longest = max(map(len, self.strings), default=0) - 1
         sizes = range(min(longest, len(text)), 0, -1)
         return next((n for n in sizes if any(s.startswith(text[-n:]) for s in self.strings)), 0)
+
+
+class Page:
+    """Where the text goes, `sys.stdout`: a terminal gets it with everything visible, a pipe or a file as it is."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.terminal = stream, stream.isatty()
+
+    def begin(self, number: int, title: str, prompt: str, *, echo: bool) -> None:
+        """What stands before the `number`-th text; its title where there are several."""
+        if self.terminal and title:
+            self.put(paint(f"-- {title}", "dim") + "\n")
+        elif number:
+            self.put(BETWEEN)
+        if self.terminal:
+            self.put(paint(self.readable(prompt), "dim"))
+        elif echo:
+            self.put(prompt)
+
+    def write_all(self, pieces: Iterable[str], *, at_once: bool) -> None:
+        """Write the pieces as they come; `at_once`: when the last has come, or Ctrl-C."""
+        waiting: list[str] = []
+        try:
+            for piece in pieces:
+                if at_once:
+                    waiting.append(piece)
+                else:
+                    self.put(self.readable(piece))
+        finally:
+            self.put(self.readable("".join(waiting)))
+
+    def end(self) -> None:
+        if self.terminal:
+            self.put("\n")
+
+    def put(self, text: str) -> None:
+        if text:
+            self.stream.write(text)
+            self.stream.flush()
+
+    def readable(self, text: str) -> str:
+        from entrenar.training.summary import visible
+
+        return visible(text) if self.terminal else text
