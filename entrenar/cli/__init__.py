@@ -30,6 +30,7 @@ VERBS = {
     "resume": "entrenar.cli.resume",
     "plan": "entrenar.cli.plan",
     "generate": "entrenar.cli.generate",
+    "chat": "entrenar.cli.chat",
     "eval": "entrenar.cli.evaluate",
     "data": "entrenar.cli.data",
     "inspect": "entrenar.cli.inspect",
@@ -171,6 +172,7 @@ UNUSABLES = (
     ("entrenar.training.option", "ConfigError"),
     ("entrenar.data", "CorpusError"),
     ("entrenar.data", "TokenizerError"),
+    ("entrenar.data.chat", "TemplateError"),
     ("entrenar.training.checkpoint", "CheckpointError"),
     ("entrenar.formats", "FormatError"),
 )

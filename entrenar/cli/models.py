@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from entrenar.adapters import load_adapter, use_adapter
 from entrenar.cli.adapters import Given, base_of, below, given, held_as, is_adapter, named_after, the_same

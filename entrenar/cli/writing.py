@@ -57,10 +57,9 @@ class Writing:
         from entrenar.llama.generate import generate
 
         began = time.perf_counter()
-        own = {} if self.reader is None else {"reader": self.reader}
         try:
             for token in generate(self.opened.model, self.ids, max_new_tokens=self.max_tokens, rng=self.rng,
-                                  **vars(self.how), **own):  # fmt: skip
+                                  reader=self.reader, **vars(self.how)):  # fmt: skip
                 self.tokens += 1
                 if self.tokens == 1:
                     self.reading = time.perf_counter() - began
