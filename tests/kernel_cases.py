@@ -128,6 +128,31 @@ def check(native: Any, reference: Any, case: Case, args: dict[str, Any], *, extr
         assert not problem, f"{case.kernel} output {i}: {problem}"
 
 
+# Kernels that round to a storage format: their results are codes, and equal to the reference's bit for bit. Each as a
+# call of an array x (n,); test_quantize_kernels.py, test_neon.py and guard.py run them.
+
+ROUNDINGS: dict[str, Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]] = {
+    **{
+        f"quantize_4bit {kind} {block}": lambda kernels, x, kind=kind, block=block: kernels.quantize_4bit(
+            x, kind=kind, block=block
+        )
+        for kind in ("nf4", "fp4")
+        for block in (2, 32, 64, 4096)
+    },
+    "quantize_q8_0": lambda kernels, x: kernels.quantize_q8_0(x),
+    "round_bfloat16": lambda kernels, x: (kernels.round_bfloat16(x),),
+}
+
+
+def rounding_mismatch(native: Any, reference: Any, name: str, x: np.ndarray) -> str:
+    """'' when the kernel gives the reference's types and bits; else what differs."""
+    for i, (got, want) in enumerate(zip(ROUNDINGS[name](native, x), ROUNDINGS[name](reference, x), strict=True)):
+        if (got.dtype, got.shape, got.tobytes()) != (want.dtype, want.shape, want.tobytes()):
+            differ = np.flatnonzero(got != want)[:5] if got.shape == want.shape else "the shape"
+            return f"{name} of {x.shape}, output {i}: {got.dtype} {got.shape}, differs at {differ}"
+    return ""
+
+
 # Inputs
 
 

@@ -167,8 +167,8 @@ def test_the_rehearsal_holds_what_a_real_step_holds(native, name, micro_batches,
 class Forgetful(Rehearsal):
     """Drops a layer's gate too early, as if its backward did not need it."""
 
-    def block(self, x, name, *, keep):
-        y, saved = super().block(x, name, keep=keep)
+    def block(self, i, x, name, *, keep):
+        y, saved = super().block(i, x, name, keep=keep)
         if keep:
             self.heap.drop(saved.gate)
             saved.gate = None

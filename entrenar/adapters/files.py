@@ -64,7 +64,8 @@ def write_adapter(folder: Path, model: Llama, name: str = "default", *, base: st
     values = config.to_dict()
     if base is not None:
         values["base_model_name_or_path"] = base
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    # Not sort_keys, as PEFT does: of the patterns the first that matches counts, so their order is to stay
+    text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     safetensors.save(folder / WEIGHTS, arrays, {"format": "pt"}, dtype=stored[dtype])
 
@@ -95,12 +96,12 @@ def load_adapter(model: Llama, folder: str | Path, name: str = "default", *, tra
 
 
 def find_adapter(folder: str | Path, name: str = "default") -> Path:
-    """The folder itself where it has an adapter's two files, else the one called `name` inside it.
+    """The folder called `name` inside this one where it has an adapter's two files, else the folder itself.
 
     Raises FormatError that says what is missing.
     """
     folder = Path(folder)
-    for place in (folder, folder / name):
+    for place in (folder / name, folder):
         if (place / CONFIG).is_file() and (place / WEIGHTS).is_file():
             return place
     if not folder.is_dir():

@@ -55,8 +55,8 @@ class Adapted(Module):
 
     @property
     def weight(self) -> Tensor | Packed:
-        """The base's weight, or that of the active adapter's own copy."""
-        return self.module.weight
+        """The base's weight, whichever adapter is active: a head tied to an adapted embedding stays what it was."""
+        return self.base_layer.weight
 
     @property
     def module(self) -> Any:

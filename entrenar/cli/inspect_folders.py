@@ -160,7 +160,10 @@ def story(metrics: Path) -> dict[str, Any]:
     if step:
         told["steps"] = f"{step.get('step')} of {step.get('steps')}, the last with loss {rounded(step.get('loss'))}"
     if seen:
-        told["held out"] = f"{rounded(seen.get('bits_per_byte'))} bits per byte at step {seen.get('step')}"
+        bits = seen.get("bits_per_byte")
+        told["held out"] = (
+            f"{rounded(seen.get('loss'))} nats per trained token" if bits is None else f"{rounded(bits)} bits per byte"
+        ) + f" at step {seen.get('step')}"
     if "end" in last:
         told["ended"] = f"stopped: {last['end']['stopped']}" if last["end"].get("stopped") else "done"
     elif "error" in last:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from entrenar.cli.configuration import Override, add_config
 
 if TYPE_CHECKING:
-    from entrenar.training.option import Sections
+    from entrenar.training.config import Run
 
 NAME = "train"
 HELP = "train a model on a text; with no options, on Python's own library"
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     return begin(args, Config)
 
 
-def begin(args: argparse.Namespace, kind: type[Sections]) -> int:
+def begin(args: argparse.Namespace, kind: type[Run]) -> int:
     """Begin a run of this kind, or do what the words ask for instead."""
     from entrenar.training.config import help_text, read_config
 

@@ -72,8 +72,8 @@ def lines(file: SourceFile, at: int = 0, number: int = 0,
                     f" line {number:,}",
                     f"has {size:,} bytes, the longest row may have {LONGEST_ROW:,}; give it a text file of its own",
                 )
-            elif not line.isspace():
-                yield Line(line.removeprefix(BOM) if start == 0 else line, number, start, at)
+            elif (raw := line.removeprefix(BOM) if start == 0 else line) and not raw.isspace():
+                yield Line(raw, number, start, at)
             if at - told >= streams.BLOCK:
                 told = at
                 moved(on_disk(stream))

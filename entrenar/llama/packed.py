@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from entrenar.formats import FormatError, safetensors
+from entrenar.formats import FormatError, safetensors, short
 from entrenar.formats.safetensors import SafeTensors
 from entrenar.kernels.packed import KINDS, TABLES, Nested, Packed
 from entrenar.llama.model import Llama
@@ -42,6 +42,18 @@ def storage_of(values: Mapping[str, Any], storage: str | None, where: str) -> st
             "leave storage out, or get the model before it was quantized"
         )
     return "stored"
+
+
+def states_of(values: Mapping[str, Any], files: Mapping[str, SafeTensors], where: str) -> dict[str, list[str]]:
+    """The weights that bitsandbytes quantized, with the parts of each."""
+    states = bitsandbytes.parts_of(files)
+    if states and values.get("quantization_config") is None:
+        name = min(states)
+        raise FormatError(
+            f"{where}: bitsandbytes quantized {short(name)} (there is its {states[name][0]}), but the configuration has "
+            "no quantization_config; take the config.json that belongs to these files"
+        )
+    return states
 
 
 def fill_frozen(model: Llama, own: Mapping[str, Tensor], files: Mapping[str, SafeTensors], states: Mapping[str, Any], *,

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from entrenar.training.checkpoint import Write
 from entrenar.training.curve import Curve
 from entrenar.training.display import Heading, HeldOut, clock
 from entrenar.training.evaluate import Evaluation, evaluate_batches, perplexity
-from entrenar.training.finetune_options import FineTuning
+from entrenar.training.finetune_options import FULL, FineTuning
+from entrenar.training.finetune_plan import flops
 from entrenar.training.machine import Machine
 from entrenar.training.task import Sample
 
@@ -48,8 +50,8 @@ class ChatTask:
         self.write, self.base, self.lines = write, dict(base), lines
         self.context = config.data.max_length
         self.batches = self.check(config, data)
-        self.steps = steps_of(config, len(self.batches.rows))
-        self.flops_per_token = flops_per_token(model, self.context)
+        self.steps = steps_of(config, data)
+        self.flops_per_token = flops(model.config, sum(p.size for p in model.parameters()), self.context)
         self.held_out_tokens = data.facts.held_out_trained
         self.part = part_of(data.held_out, t.eval_tokens)
 
@@ -103,9 +105,14 @@ class ChatTask:
                 rng=np.random.default_rng(t.seed),
                 stop=(tokenizer.end_id,),
             )
-            text = tokenizer.decode([token for token in ids if token != tokenizer.end_id])
-            written.append(Sample(tokenizer.decode(prompt)[-SHOWN:], text, tokenizer.decode(wanted)))
+            before, text, there = (tokenizer.decode(self._shown(part)) for part in (prompt, ids, wanted))
+            written.append(Sample(before[-SHOWN:], text, there))
         return written
+
+    def _shown(self, ids: Iterable[int]) -> list[int]:
+        """Without the tokens that begin and end a text, which say nothing to people."""
+        tokenizer = self.data.tokenizer
+        return [token for token in ids if token not in (tokenizer.end_id, tokenizer.begin_id)]
 
     def _prompts(self) -> Iterator[tuple[list[int], list[int]]]:
         """(ids before an answer, ids of the answer) of the first held-out examples, or the prompt that was given."""
@@ -188,27 +195,18 @@ class ChatTask:
         return about, [("after", last.loss), *([("before", before.loss)] if before else [])]
 
     def next_commands(self, command: str, run: str, steps: int) -> list[str]:
-        base = self.config.base.model
-        chat = f"{command} chat {run}" if self.config.adapter.kind == "full" else f"{command} chat {base} --adapter {run}"
+        words = run if self.config.adapter.kind == FULL else f"{shlex.quote(self.config.base.model)} --adapter {run}"
         return [
-            f"{chat}  # talk to it",
+            f"{command} chat {words}  # talk to it",
             f"{command} resume {run} --training.steps {2 * steps}  # train it longer",
         ]
 
 
-def steps_of(config: FineTuning, rows: int) -> int:
-    """How many updates: as many as were asked for, or as see `rows` rows `epochs` times."""
+def steps_of(config: FineTuning, data: ChatData) -> int:
+    """How many updates: as many as were asked for, or as see the first epoch's rows `epochs` times."""
     t = config.training
+    rows = len(ChatTask.check(config, data).rows)
     return t.steps or max(1, math.ceil(t.epochs * rows / (t.batch_size * t.accumulation) - 1e-9))
-
-
-def flops_per_token(model: Llama, context: int) -> int:
-    """Arithmetic of a token, forward and backward: of frozen weights there is no gradient, a third of the whole less."""
-    shape = model.config
-    trained = sum(p.size for p in model.parameters())
-    if trained >= shape.parameter_count():
-        return shape.flops_per_token(context)
-    return shape.flops_per_token(context) * 2 // 3 + 6 * trained
 
 
 def part_of(examples: Examples, tokens: int) -> Examples:

@@ -22,7 +22,8 @@ from entrenar.training.option import Places, Sections
 from entrenar.training.option import options as options
 from entrenar.training.options import Config as Config
 
-KINDS: tuple[type[Sections], ...] = (Config, FineTuning)
+Run = Config | FineTuning  # a run's options
+KINDS: tuple[type[Run], ...] = (Config, FineTuning)
 
 LIMIT = 1_000_000  # bytes of a file; all options together have some 3,000
 SHOWN = 20  # problems in one message
@@ -41,7 +42,7 @@ class Setting:
     is_text: bool = False  # from the command line: still to be parsed
 
 
-S = TypeVar("S", bound=Sections)
+S = TypeVar("S", bound=Run)
 
 
 @overload
@@ -82,7 +83,7 @@ def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, s
     return config
 
 
-def kind_of(file: str | Path | None, overrides: Iterable[tuple[str, str]] = ()) -> type[Sections]:
+def kind_of(file: str | Path | None, overrides: Iterable[tuple[str, str]] = ()) -> type[Run]:
     """Whose options a file and overrides are: those of the first kind of run that has a section of theirs to itself.
 
     A file that cannot be read is of the first kind: `read_config` says what is wrong with it.

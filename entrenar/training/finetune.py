@@ -17,21 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from entrenar import kernels, random
-from entrenar.adapters import LoraConfig, adapt, load_adapter, write_adapter
+from entrenar.adapters import adapt, load_adapter, write_adapter
 from entrenar.data import CorpusError, Tokenizer, load_tokenizer
-from entrenar.data.chat import ChatData, ChatTemplate, Keys, TemplateError, keep_template, load_template, read_examples
+from entrenar.data.chat import ChatData, Keys, keep_template, load_template, read_examples
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.pretrained import read_config as read_shape
+from entrenar.training.adapter import lora_config, trial
 from entrenar.training.base import differences, identity_of
-from entrenar.training.chat_task import ChatTask, name_of
+from entrenar.training.chat_task import ChatTask, name_of, steps_of
 from entrenar.training.checkpoint import Saved, Write, model_files
 from entrenar.training.display import Display, size
-from entrenar.training.finetune_options import FineTuning
-from entrenar.training.finetune_plan import make_plan, trial
+from entrenar.training.finetune_options import FULL, FineTuning
+from entrenar.training.finetune_plan import make_plan
 from entrenar.training.option import ConfigError
 from entrenar.training.plan import Plan
-
-FULL = "full"  # the kind of adapter that is none: all weights are trained
 
 
 def plan(config: FineTuning) -> Plan:
@@ -45,7 +44,7 @@ def begin(config: FineTuning, run: Path, display: Display, *, force: bool) -> tu
     trial(config, shape)  # what an adapter cannot be, is said before anything takes its time
     make_plan(config, shape).accepted(None, force=force)
     data = examples(config, display)
-    planned = make_plan(config, shape, data).accepted(display, force=force)
+    planned = make_plan(config, shape, data, steps=steps_of(config, data)).accepted(display, force=force)
     kernels.keep_freed_memory()
     random.seed(config.training.seed)
     display.doing("reading the model")
@@ -67,7 +66,8 @@ def go_on(config: FineTuning, run: Path, saved: Saved, display: Display, *,
             "chat template or the tokenizer have changed): a run cannot go on with other data; put it back, or begin "
             "another run"
         )
-    planned = make_plan(config, base_shape(config), data).accepted(display, force=force)
+    shape = base_shape(config)
+    planned = make_plan(config, shape, data, steps=steps_of(config, data)).accepted(display, force=force)
     kernels.keep_freed_memory()
     display.doing("reading the model")
     if config.adapter.kind == FULL:
@@ -80,7 +80,7 @@ def go_on(config: FineTuning, run: Path, saved: Saved, display: Display, *,
 
 def task(config: FineTuning, data: ChatData, model: Llama) -> ChatTask:
     """Model and data together."""
-    folder = base_folder(config)
+    folder = config.base.folder
     base = {"folder": str(folder.absolute()), "identity": identity_of(folder)}
     return ChatTask(config, data, model, write=files(config, model, data.tokenizer), base=base,
                     lines=list(about(config, model)))  # fmt: skip
@@ -101,7 +101,8 @@ def files(config: FineTuning, model: Llama, tokenizer: Tokenizer) -> Write:
 def about(config: FineTuning, model: Llama) -> Iterator[str]:
     """What the lines above the first step say of base and adapter."""
     shape, a = model.config, config.adapter
-    held = sum(weight_bytes(model))
+    weights: dict[int, Any] = {id(w): w for w in (*(w for _, w in model.named_packed()), *(t.data for _, t in model._named_tensors()))}
+    held = sum(weight.nbytes for weight in weights.values())
     stored = f", held as {config.base.storage}" if config.base.storage != "auto" else ""
     yield (
         f"base     {name_of(config.base.model)}: {shape.parameter_count():,} parameters in {shape.num_hidden_layers} "
@@ -119,14 +120,10 @@ def about(config: FineTuning, model: Llama) -> Iterator[str]:
 # -- what a run is made of
 
 
-def base_folder(config: FineTuning) -> Path:
-    return Path(os.path.expanduser(config.base.model))
-
-
 def base_shape(config: FineTuning) -> LlamaConfig:
     """The base's shape. Raises FormatError where there is no model that can be read, ConfigError where its context is
     shorter than the rows."""
-    folder = base_folder(config)
+    folder = config.base.folder
     shape = read_shape(folder)
     if config.data.max_length > shape.max_position_embeddings:
         raise ConfigError(
@@ -138,32 +135,9 @@ def base_shape(config: FineTuning) -> LlamaConfig:
 
 def base_model(config: FineTuning) -> Llama:
     """The base, its weights held as base.storage says; all trained where that is what is asked for."""
-    storage = "float32" if config.adapter.kind == FULL else config.base.storage.replace("auto", "as stored")
-    return Llama.from_pretrained(base_folder(config), storage=storage, double_quant=config.base.double_quant,
+    storage = None if config.adapter.kind == FULL else config.base.how
+    return Llama.from_pretrained(config.base.folder, storage=storage, double_quant=config.base.double_quant,
                                  checkpointing=config.training.activation_checkpointing)  # fmt: skip
-
-
-def lora_config(config: FineTuning) -> LoraConfig:
-    """The adapter's options by PEFT's names. Raises ConfigError, naming every one that cannot be."""
-    a = config.adapter
-    try:
-        return LoraConfig(
-            r=a.r,
-            lora_alpha=a.alpha,
-            lora_dropout=a.dropout,
-            use_rslora=a.rslora,
-            use_dora=a.kind == "dora",
-            target_modules="all-linear" if a.targets == ["all-linear"] else a.targets,
-            exclude_modules=a.exclude or None,
-            layers_to_transform=a.layers or None,
-            rank_pattern=a.rank_pattern,
-            alpha_pattern=a.alpha_pattern,
-            modules_to_save=a.modules_to_save or None,
-            init_lora_weights=True if a.init == "kaiming" else a.init,
-            base_model_name_or_path=str(base_folder(config).absolute()),
-        )
-    except ValueError as error:
-        raise ConfigError(f"[adapter] {str(error).removeprefix('LoraConfig: ')}") from None
 
 
 def examples(config: FineTuning, display: Display) -> ChatData:
@@ -172,7 +146,7 @@ def examples(config: FineTuning, display: Display) -> ChatData:
     Raises CorpusError, TokenizerError, TemplateError; ConfigError where tokenizer and model do not belong together, or
     nothing can be held out.
     """
-    d, folder = config.data, base_folder(config)
+    d, folder = config.data, config.base.folder
     tokenizer = load_tokenizer(folder)
     shape = read_shape(folder)
     if tokenizer.vocab_size > shape.vocab_size:
@@ -196,8 +170,8 @@ def examples(config: FineTuning, display: Display) -> ChatData:
     )
     if not len(data.held_out):
         raise ConfigError(
-            f"data.source: {d.source!r} has {data.facts.train_examples:,} row to train on and none to hold out: give at "
-            "least two, or a folder with train.jsonl and valid.jsonl"
+            f"data.source: {d.source!r} has {data.facts.train_examples:,} row to train on and none to hold out: give "
+            "at least two, or a folder with train.jsonl and valid.jsonl"
         )
     for note in data.facts.notes:
         display.note(note)
@@ -210,7 +184,7 @@ def the_same_base(config: FineTuning, saved: Saved) -> FineTuning:
     Raises ConfigError where it is gone, or another model.
     """
     kept = saved.state["base"]
-    named = base_folder(config)
+    named = config.base.folder
     folder = named if named.is_dir() else Path(kept["folder"])
     if not folder.is_dir():
         raise ConfigError(

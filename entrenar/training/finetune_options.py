@@ -7,14 +7,17 @@ times that of full fine-tuning, with a short warmup; no weight decay, no dropout
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 from entrenar.training.option import Places, Sections, option
 from entrenar.training.options import Checkpointing, LearningRate, Loop, loop_contradictions
 
 STORAGES = ("auto", "float32", "bfloat16", "q8_0", "nf4", "fp4")
+FULL = "full"  # the kind of adapter that is none: all weights are trained
 PEAK = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5}  # learning rates by kind of adapter
 
 
@@ -29,6 +32,15 @@ class Base:
         choices=STORAGES,
     )
     double_quant: bool = option(True, "nf4 and fp4: hold the blocks' scales in 8 bits too")
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.expanduser(self.model))
+
+    @property
+    def how(self) -> str:
+        """The storage as `Llama.from_pretrained` calls it."""
+        return "stored" if self.storage == "auto" else self.storage
 
 
 @dataclass
@@ -76,7 +88,6 @@ class FineLearningRate(LearningRate):
     learning_rate: float | None = option(  # type: ignore[assignment]
         None, "its peak; none: 2e-4 for adapters, 2e-5 for full fine-tuning", above=0
     )
-    min_ratio: float = option(0.0, "the last learning rate, as a share of the peak", low=0, high=1)
 
     @property
     def peak(self) -> float:
@@ -92,9 +103,13 @@ class FineData:
     source: str = option(
         "", "a file .jsonl or .json, a folder with train.jsonl, a glob pattern, or '-': an option without a default"
     )
-    held_out: float = option(0.05, "share of the rows never trained on, where the source holds none out", above=0, below=1)
+    held_out: float = option(
+        0.05, "share of the rows never trained on, where the source holds none out", above=0, below=1
+    )
     train_on: str = option(
-        "assistant", "whose words are learned: completion: the last answer alone", choices=("assistant", "completion", "all")
+        "assistant",
+        "whose words are learned; completion: the last answer alone",
+        choices=("assistant", "completion", "all"),
     )
     max_length: int = option(512, "tokens of a row at most", low=2)
     packing: bool = option(True, "several conversations in a row, none of which sees another")
@@ -132,15 +147,15 @@ class FineTuning(Sections):
         return replace(self, lr_schedule=replace(lr, learning_rate=rate))
 
     def contradictions(self, at: Places) -> list[str]:
-        full, problems = self.adapter.kind == "full", []
+        full, problems = self.adapter.kind == FULL, []
         if not self.base.model:
             problems.append(f"{at('base.model')}: wanted the folder of a model in Hugging Face's layout")
         if not self.data.source:
             problems.append(f"{at('data.source')}: wanted a file of JSON lines, a conversation in each")
         if full and self.base.storage not in ("auto", "float32"):
             problems.append(
-                f"{at('base.storage')}: weights that are trained are float32; wanted auto or float32 with adapter.kind = "
-                "full, or adapter.kind = lora"
+                f"{at('base.storage')}: weights that are trained are float32; wanted auto or float32 with "
+                "adapter.kind = full, or adapter.kind = lora"
             )
         if full and self.adapter.modules_to_save:
             problems.append(f"{at('adapter.modules_to_save')}: adapter.kind = full trains all modules; leave it empty")

@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +28,12 @@ from entrenar.files import write_file
 from entrenar.observe.report import write_report
 from entrenar.training import finetune, machine, pretrain, summary
 from entrenar.training.checkpoint import CheckpointError, Saved, clean, load_saved, newest, saved_steps
-from entrenar.training.config import Config, ConfigError, FineTuning, kind_of, options, read_config, to_toml
+from entrenar.training.config import ConfigError, FineTuning, Run, kind_of, options, read_config, to_toml
 from entrenar.training.curve import render
 from entrenar.training.display import Display, HeldOut, make_display
 from entrenar.training.metrics import METRICS
-from entrenar.training.pretrain import DATA
 from entrenar.training.plan import Plan
+from entrenar.training.pretrain import DATA
 from entrenar.training.signals import listening
 from entrenar.training.task import Sample
 from entrenar.training.trainer import Trainer
@@ -40,12 +42,10 @@ from entrenar.version import __version__
 CONFIG, LOCK = "config.toml", ".lock"
 
 # What a resumed run may change: nothing that decides what a weight or a batch is.
-CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.epochs", "training.clip_norm", "training.on_spike",
-              "training.spike_sigma", "training.activation_checkpointing", "base.model"}  # fmt: skip
+CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.epochs", "training.clip_norm",
+              "training.on_spike", "training.spike_sigma", "training.activation_checkpointing",
+              "base.model"}  # fmt: skip
 CHANGEABLE_BEGINNINGS = ("training.eval_", "training.sample_", "training.report_")
-
-
-Run = Config | FineTuning
 
 
 def kind(config: Run) -> Any:
@@ -63,7 +63,7 @@ def start(config: Run, *, force: bool = False) -> int:
 
     Raises before there is a folder where the configuration, the text or the model to start from cannot be used.
     """
-    began = time.perf_counter()
+    began, config = time.perf_counter(), config.settled
     run = run_folder(config)
     display = make_display(report_every=config.training.report_every)
     try:
@@ -93,7 +93,7 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
             f"{run}: no {CONFIG}: this is no run's folder; "
             + (f"the run is {run.parent}" if inside else "name one, or begin one with `entrenar train`")
         )
-    config = changed(run, overrides)
+    config = changed(run, overrides).settled
     config = replace(config, checkpointing=replace(config.checkpointing, out=str(run)))
     display = make_display(report_every=config.training.report_every)
     try:
@@ -187,7 +187,9 @@ def finish(trainer: Trainer, here: machine.Machine) -> tuple[HeldOut | None, lis
         last = trainer.look(whole=True)
         if trainer.config.training.sample_tokens:
             samples = trainer.samples()
-            write_file(trainer.run / "sample.txt", "\n".join(s.prompt + s.text + "\n" for s in samples))
+            earlier = trainer.before.samples if trainer.before else []
+            pairs = zip_longest(samples, earlier[: len(samples)])
+            write_file(trainer.run / "sample.txt", "\n".join(summary.written(*pair) + "\n" for pair in pairs))
     stopped = trainer.stopping
     trainer.log(
         "end",
@@ -197,6 +199,7 @@ def finish(trainer: Trainer, here: machine.Machine) -> tuple[HeldOut | None, lis
         seconds=trainer.seconds,
         memory_peak=machine.memory_peak(),
         held_out_bits_per_byte=last.bits_per_byte if last else None,
+        held_out_loss=last.loss if last else None,
     )
     pictures(trainer, here)
     trainer.display.doing("done")
@@ -253,10 +256,10 @@ def changed(run: Path, overrides: Sequence[tuple[str, str]]) -> Run:
     if fixed:
         raise ConfigError(
             f"{', '.join(fixed)}: cannot change while a run goes on: it would be another run; what can: lr_schedule.*, "
-            "checkpointing.*, base.model where it was moved, training.steps, epochs, clip_norm, on_spike, spike_sigma, activation_checkpointing, "
-            "eval_*, sample_*, report_every"
+            "checkpointing.*, base.model where it was moved, training.steps, epochs, clip_norm, on_spike, spike_sigma, "
+            "activation_checkpointing, eval_*, sample_*, report_every"
         )
-    config: Run = read_config(run / CONFIG, overrides, its)  # type: ignore[assignment]
+    config = read_config(run / CONFIG, overrides, its)
     if any(name == "training.steps" for name, _ in overrides):
         config.training.budget = ""  # the clock chose until now
     return config

@@ -183,7 +183,7 @@ class Sections:
     def declared(cls, section: str, one: dataclasses.Field) -> tuple[Any, Mapping[str, Any]]:
         """Default and limits of a section's field."""
         made = one.default_factory
-        return (one.default if isinstance(made, type(dataclasses.MISSING)) else made()), one.metadata
+        return (one.default if made is dataclasses.MISSING else made()), one.metadata
 
     def section(self, name: str) -> dict[str, Any]:
         """A section's options by name."""
@@ -195,6 +195,11 @@ class Sections:
 
     def set(self, option: Option, value: Any) -> None:
         setattr(getattr(self, option.section), option.name, value)
+
+    @property
+    def settled(self) -> Any:
+        """These options, where one waits for another: with that one's consequence."""
+        return self
 
     def contradictions(self, at: Places) -> list[str]:
         """What each value allows, but not all of them together."""

@@ -16,7 +16,6 @@ from entrenar.optim import SCHEDULES, schedule
 from entrenar.training.budget import seconds_of
 from entrenar.training.option import ConfigError, Option, Places, Sections, option
 
-
 # The [model] of the default run, where it differs from LlamaConfig's defaults (which are the 7B LLaMA's).
 MODEL = {
     "vocab_size": None,
@@ -165,10 +164,12 @@ def loop_contradictions(t: Loop, lr: LearningRate, at: Places) -> list[str]:
             seconds_of(t.budget)
         except ValueError as error:
             problems.append(f"{at('training.budget')}: {error}")
+    if not t.steps:
+        return problems
     room = t.steps - (lr.warmup_steps or 0)
-    if t.steps and room < 0:
+    if room < 0:
         problems.append(f"{at('lr_schedule.warmup_steps')}: wanted at most training.steps = {t.steps}")
-    if t.steps and lr.schedule == "wsd" and (lr.decay_steps or 0) > room:
+    if lr.schedule == "wsd" and (lr.decay_steps or 0) > room:
         problems.append(f"{at('lr_schedule.decay_steps')}: wanted at most {room}, the steps after the warmup")
     return problems
 

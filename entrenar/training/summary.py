@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ def summarize(trainer: Trainer, last: HeldOut | None, samples: Sequence[Sample])
             say(f"  {name:<12} {value:.4f}", style="bold green" if name == rows[0][0] else "none")
     else:
         say(f"stopped ({trainer.stopping}) before the end; nothing is lost")
-    for sample in samples:
-        say("\na sample it wrote:", style="bold")
-        say("  | " + visible(sample.prompt + sample.text).rstrip().replace("\n", "\n  | "))
+    earlier = trainer.before.samples if trainer.before else []
+    for sample, before in zip_longest(samples, earlier[: len(samples)]):
+        say("\nwhat it answers:" if before else "\na sample it wrote:", style="bold")
+        say("  | " + visible(written(sample, before)).rstrip().replace("\n", "\n  | "))
     say("\nfiles", style="bold")
     for name, about in FILES:
         if (run / name).exists():
@@ -42,6 +44,16 @@ def summarize(trainer: Trainer, last: HeldOut | None, samples: Sequence[Sample])
     say("\nnext", style="bold")
     for line in next_commands(trainer):
         say(f"  {line}")
+
+
+def written(sample: Sample, before: Sample | None) -> str:
+    """A prompt and what was written after it; where there was something before, side by side with that, and with what
+    the data has."""
+    if before is None:
+        return sample.prompt + sample.text
+    parts = [("before", before.text), ("after", sample.text), *([("wanted", sample.wanted)] if sample.wanted else [])]
+    lines = (f"[{name}] {text.strip()}" for name, text in parts)
+    return "\n".join([sample.prompt.rstrip(), *lines])
 
 
 def visible(text: str) -> str:
@@ -54,7 +66,7 @@ HARMLESS = "\n\t\u00a0\u202f\u3000\u200c\u200d"  # spaces and joiners that Pytho
 FILES = (
     ("report.html", "all of it on one page, for a browser"),
     ("curve.png", "the picture of the loss"),
-    (NEWEST, "to go on from; transformers loads it"),
+    (NEWEST, "to go on from; Hugging Face's libraries load it"),
     (BEST, "the lowest held-out loss on the way"),
     ("sample.txt", "the sample above"),
     ("metrics.jsonl", "every number of every step"),

@@ -22,10 +22,10 @@ from entrenar.data import Batch
 from entrenar.llama import Llama
 from entrenar.observe.finite import Place, Replay, explain
 from entrenar.training import budget, machine
-from entrenar.training.checkpoint import BEST, NEWEST, Checkpoint, save_step
+from entrenar.training.checkpoint import BEST, NEWEST, Saved, save_step
 from entrenar.training.display import Display, HeldOut, Report
-from entrenar.training.metrics import Metrics
 from entrenar.training.finetune_options import FineTuning
+from entrenar.training.metrics import Metrics
 from entrenar.training.options import Config
 from entrenar.training.signals import Requests
 from entrenar.training.spikes import SpikeWatch
@@ -295,7 +295,7 @@ class Trainer:
             **self.task.identity(),
         }
 
-    def load_state(self, saved: Checkpoint) -> None:
+    def load_state(self, saved: Saved) -> None:
         """Stand where the checkpoint was written: the next step is the one that would have come then.
 
         metrics.jsonl is cut back to what it held, so that no step stands there twice. The model must have the

@@ -5,8 +5,9 @@ attributes that begin with an underscore, no change of what it is given, no file
 what chat templates do this is transformers' environment to the letter: trimmed blocks, `break` and `continue`,
 `{% generation %}`, a tojson that escapes nothing, raise_exception, strftime_now.
 
-Bounds, beyond which it ends with an error: STEPS turns of loops and calls, SIZE characters of output, of one text or
-list that it makes, and of the template itself. They keep a mistake from hanging the machine or filling its memory.
+Bounds, beyond which it ends with an error: STEPS turns of loops and calls; SIZE, of what it writes and of any text or
+list that it makes. They keep a mistake from hanging the machine or filling its memory; whoever is set on filling it
+may still find a way.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,7 +29,8 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-STEPS = 5_000_000  # some two seconds
+STEPS = 2_000_000  # turns of a loop; some two seconds
+CALL = 5  # a call takes as long as so many
 SIZE = 32 << 20  # characters
 SOURCE = 1 << 20  # characters of a template; the longest in use have some 30,000
 DIGITS = 10_000  # bits of a power
@@ -41,8 +44,8 @@ class Run:
     written: int = 0
     generated: list[tuple[int, int]] = field(default_factory=list)
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, count: int = 1) -> None:
+        self.steps += count
         if self.steps > STEPS:
             raise SecurityError(f"it takes more than {STEPS:,} steps: a loop without an end?")
 
@@ -82,7 +85,7 @@ def _a_run() -> Iterator[Run]:
 def _environment() -> Environment:
     made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     made.filters["tojson"] = tojson
-    made.filters = {name: _bounded(function) for name, function in made.filters.items()}
+    made.filters = {name: _bounded(name, function) for name, function in made.filters.items()}
     made.filters |= {_COUNTED: _counted, _JOINED: _joined}
     made.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now,
                      "dict": TemplateDict(), "namespace": TemplateNamespace}  # fmt: skip
@@ -179,9 +182,9 @@ class Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **settings: Any) -> Any:  # noqa: N805 (jinja's names)
-        _running.get().step()
+        _running.get().step(CALL)
         _check_numbers(args, settings)
-        _check_product(__obj, args)
+        _check_method(__obj, args)
         return _small(super().call(__context, __obj, *args, **settings))
 
 
@@ -230,10 +233,13 @@ def _joined(context: Any, parts: Sequence[Any]) -> str:
     return "".join(texts)
 
 
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def inner(*args: Any, **settings: Any) -> Any:
-        _check_numbers(args[1:], settings)
+        _check_numbers(args, settings)
+        given = [arg for arg in args if isinstance(arg, (str, list, tuple))]  # not what jinja puts before
+        if len(given) > 1:
+            _check_product(name, *given)
         return _small(function(*args, **settings))
 
     return inner
@@ -246,26 +252,37 @@ def _check_numbers(args: Sequence[Any], settings: dict[str, Any]) -> None:
             _check_size(abs(value))
 
 
-def _check_product(method: Any, args: Sequence[Any]) -> None:
-    """`a.replace(b, c)`, `a.join(b)` and `a.format(...)` multiply sizes."""
+def _check_method(method: Any, args: Sequence[Any]) -> None:
+    """Before `text.replace(...)` and other methods of a text that can make much of little."""
+    method = getattr(method, "__wrapped__", method)  # the sandbox's own `format`
     owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
     if not isinstance(owner, str):
         return
-    if name == "replace" and len(args) >= 2 and all(isinstance(arg, str) for arg in args[:2]):
-        _check_size(owner.count(args[0]) * len(args[1]))
-    elif name == "join" and args:
-        _check_size(len(owner) * _length(args[0]))
-    elif name in ("format", "format_map"):
+    if name in ("format", "format_map"):
         _check_format(owner)
+    elif name == "join" and args:
+        _check_product(name, args[0], owner)
+    elif name in ("replace", "translate", "expandtabs"):
+        _check_product(name, owner, *args)
+
+
+def _check_product(name: str, given: Any, *args: Any) -> None:
+    """Before a replacement, or a joining, of `given`."""
+    match name, args:
+        case "replace", (str(old), str(new), *_) if isinstance(given, str):
+            _check_size(given.count(old) * len(new))
+        case "join", (str(between), *_):
+            _check_size(len(between) * _length(given))
+        case "translate", (dict(table),):
+            _check_size(len(given) * max(map(_length, table.values()), default=0))
+        case "expandtabs", (int(width),):
+            _check_size(given.count("\t") * width)
 
 
 def _check_format(text: str) -> None:
-    """Widths of a format, which are numbers in it: "%1000000000d"."""
-    number = ""
-    for letter in (*text, " "):
-        number = number + letter if letter.isdecimal() else ""
-        if len(number) > 7 and ("%" in text or "{" in text):
-            raise SecurityError("it formats with a width of more than 7 digits")
+    """Before a format: widths are numbers in it ("%1000000000d"), or among the values ("%*d")."""
+    if re.search(r"%[^%a-zA-Z]*(\*|\d{8})|\{[^{}]*\d{8}", text):
+        raise SecurityError("it formats with a width that is not among its characters, or of more than 7 digits")
 
 
 def _small(value: Any) -> Any:

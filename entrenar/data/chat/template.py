@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entrenar.data.tokenizer import SETTINGS, Tokenizer
+from entrenar.data.tokenizer import SETTINGS, Tokenizer, TokenizerError
 from entrenar.data.tokenizer_files import TEMPLATES
 from entrenar.formats import FormatError, open_regular, short
 from entrenar.formats.strict_json import USUAL_VALUES, parse
@@ -48,7 +48,7 @@ GENERATION = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates and files call it
 
 
-class TemplateError(ValueError):
+class TemplateError(TokenizerError):
     """A chat template cannot be used, or not for this conversation; the message says which, where and why."""
 
 
