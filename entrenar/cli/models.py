@@ -71,12 +71,12 @@ class Opened:
 
 
 def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Sequence[str] = (),
-               base: str | None = None, storage: str | None = None) -> Opened:  # fmt: skip
+               base: str | None = None, storage: str | None = None, usual: str | None = None) -> Opened:  # fmt: skip
     """Read model, tokenizer and adapters; a checkpoint's files are compared with their hashes first.
 
     adapters   "FOLDER", "NAME=FOLDER", or "off" for the model alone; none: the model as `path` says
     base       where the model of the adapter `path` is
-    storage    how to hold the weights; None: as a fine-tuning run held them, else as float32
+    storage    how to hold the weights; None: as a fine-tuning run held them, else as `usual` says (None: as float32)
     warn       is told of each newer checkpoint of a run that is broken and was passed over, and of a base that is
                another than the adapter was trained on
 
@@ -98,9 +98,8 @@ def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Se
     for one in asked.adapters:
         if one not in own:
             the_same(one.folder, folder, warn)
-    quantized = "quantization_config" in config_values(folder)
-    how = {} if storage or quantized or not own else held_as(own[0].folder)
-    model = Llama.from_pretrained(folder, **{"storage": storage, **how})
+    how = {} if storage or is_quantized(folder) or not own else held_as(own[0].folder)
+    model = Llama.from_pretrained(folder, **{"storage": storage or usual, **how})
     tokenizer = _tokenizer(folder, asked.adapters, model, warn)
     _must_match(path, tokenizer, model)
     for one in asked.adapters:
@@ -126,6 +125,11 @@ def _open_file(path: Path, adapters: Sequence[str], base: str | None, storage: s
     ends = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
     stop = frozenset({tokenizer.end_id, *ends})
     return Opened(model, tokenizer, path.parent, stop, model.config.max_position_embeddings)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a model is stored in 4 bits, as bitsandbytes has them: it is read as it is."""
+    return config_values(folder).get("quantization_config") is not None
 
 
 def find_folder(path: Path, *, warn: Warn = lambda text: None, wanted: str = WANTED) -> Path:
