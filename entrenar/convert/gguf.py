@@ -128,7 +128,8 @@ def _tensors(model: Llama, dtype: str) -> Iterator[Tensor]:
     for key, weight in model.state_dict().items():
         stem, _, part = key.rpartition(".")  # weight or bias
         kind = "F32" if weight.ndim == 1 else "F16" if dtype == "Q8_0" and weight.shape[1] % 32 else dtype
-        yield Tensor(f"{gguf_name(stem)}.{part}", weight.shape, kind, functools.partial(turned, weight, stem, model.config))
+        values = functools.partial(turned, weight, stem, model.config)
+        yield Tensor(f"{gguf_name(stem)}.{part}", weight.shape, kind, values)
 
 
 def gguf_name(stem: str) -> str:
