@@ -34,6 +34,8 @@ VERBS = {
     "eval": "entrenar.cli.evaluate",
     "data": "entrenar.cli.data",
     "inspect": "entrenar.cli.inspect",
+    "merge": "entrenar.cli.merge",
+    "quantize": "entrenar.cli.quantize",
     "export": "entrenar.cli.export",
     "doctor": "entrenar.cli.doctor",
     "completion": "entrenar.cli.completion",

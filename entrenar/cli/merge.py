@@ -23,7 +23,7 @@ NAME = "merge"
 HELP = "make a model and its adapter one plain model, and prove that it is the same"
 EXAMPLE = """
 entrenar merge runs/tuned --out tuned
-entrenar merge Llama-3.2-1B adapter/ --out tuned --dtype bfloat16 --data held-out.txt
+entrenar merge Llama-3.2-1B adapter/ --out tuned --data held-out.txt
 """
 DTYPES = ("float32", "bfloat16", "float16")
 STORAGES = ("nf4", "fp4")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         proof = merge_adapter(opened.model, name, out, held_out=ids, dtype=args.dtype, storage=args.storage,
                               force=args.force, beside=tokenizer_folder(opened, name),
-                              report=lambda text: print(text, file=sys.stderr))  # fmt: skip
+                              report=report)  # fmt: skip
     except Erased as error:
         raise CommandLineError(in_options(str(error))) from None
     except FileExistsError as error:  # since we looked
@@ -85,6 +85,12 @@ def run(args: argparse.Namespace) -> int:
     keep_generation(opened, out)
     tell(out, opened, str(proof))
     return 0
+
+
+def report(text: str) -> None:
+    """What is being done; the proof comes in the end."""
+    if not text.startswith("merged"):
+        print(text, file=sys.stderr)
 
 
 def held_out(opened: Opened, source: str | None) -> np.ndarray:
