@@ -106,7 +106,7 @@ def held_out(opened: Opened, source: str | None) -> np.ndarray:
 
 
 def tokenizer_folder(opened: Opened, name: str) -> Path:
-    """Where the tokenizer that is used lies: beside the adapter, with the template it was trained with, or the model."""
+    """Where the tokenizer lies: beside the adapter, with the template it was trained with, or the model."""
     tuned = opened.tuned[name]
     return tuned if any((tuned / file).exists() for file in ("tokenizer.json", "tokenizer.model")) else opened.folder
 

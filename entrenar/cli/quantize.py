@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     folder = find_folder(source, warn=lambda text: print(f"entrenar quantize: {text}", file=sys.stderr))
     if is_adapter(folder):
         raise CommandLineError(
-            f"{source}: is an adapter; `entrenar merge {quote(str(source))} --storage nf4 --out FOLDER` makes model and "
-            "adapter one"
+            f"{source}: is an adapter; `entrenar merge {quote(str(source))} --storage nf4 --out FOLDER` makes it one "
+            "with its model"
         )
     began, errors = time.perf_counter(), Errors()
     with Progress(str(source), 1) as bar:
