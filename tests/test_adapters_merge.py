@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_adapters import IDS, SHAPE, every_kind, in_bfloat16, in_nf4, llama, trained
+from test_adapters import IDS, every_kind, in_bfloat16, in_nf4, llama, trained
 
 from entrenar.adapters import (
     Erased,
@@ -22,12 +22,15 @@ from entrenar.adapters import (
     use_adapter,
 )
 from entrenar.adapters.merge import compare
+from entrenar.adapters.model import adapted
 from entrenar.convert import ConvertError, deinterleave
+from entrenar.convert.gguf import export_gguf
 from entrenar.convert.gguf_adapter import export_gguf_adapter
+from entrenar.convert.llama2c import export_llama2c
 from entrenar.formats.gguf import GGUF
 from entrenar.kernels import unpack
 from entrenar.kernels.packed import Packed
-from entrenar.llama import Llama, LlamaConfig
+from entrenar.llama import Llama
 from entrenar.quant import quantize
 
 EPS = np.finfo(np.float32).eps
@@ -102,13 +105,28 @@ def test_an_adapted_embedding_is_untied_from_the_head(tmp_path):
     assert merged_config(other).tie_word_embeddings
 
 
+@pytest.mark.parametrize("write", [lambda m, p: m.save_pretrained(p), lambda m, p: export_gguf(m, None, p), export_llama2c],
+                         ids=["save_pretrained", "export_gguf", "export_llama2c"])  # fmt: skip
+def test_a_model_with_adapters_is_no_plain_model(write, tmp_path):
+    model = trained(dict(r=2))
+    with pytest.raises(ValueError, match=r"has adapters beside its layers; save_adapter\(\).*merge_adapter\(\)"):
+        write(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("write", [lambda m, p: export_gguf(m, None, p), export_llama2c], ids=["gguf", "llama2c"])
+def test_packed_weights_are_not_left_out_of_a_file(write, tmp_path):
+    with pytest.raises(ValueError, match="q_proj.weight is stored as nf4; read the model as floats"):
+        write(in_nf4(llama()), tmp_path / "out")
+
+
 # -- rounding
 
 
 def small_update(model, size):
     """An adapter whose update is `size` times as large as the weights."""
     adapt(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    for layer in (layer for _, layer in __import__("entrenar.adapters.model", fromlist=["x"]).adapted(model)):
+    for _, layer in adapted(model):
         a, b = layer.factors("default")
         w = layer.base_layer.weight
         w = unpack(w) if isinstance(w, Packed) else w.data

@@ -125,7 +125,7 @@ def _tensors(model: Llama, dtype: str) -> Iterator[Tensor]:
     if model.config.rope_scaling is not None:
         factors = rope_factors(model.config)
         yield Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
-    for key, weight in model.state_dict().items():
+    for key, weight in model.whole_state("export_gguf").items():
         stem, _, part = key.rpartition(".")  # weight or bias
         kind = "F32" if weight.ndim == 1 else "F16" if dtype == "Q8_0" and weight.shape[1] % 32 else dtype
         values = functools.partial(turned, weight, stem, model.config)

@@ -100,7 +100,7 @@ def export_llama2c(model: Llama, path: str | Path, *, version: int = 0, replace:
     Raises ConvertError with everything about the model that run.c cannot compute, FileExistsError unless the file may
     be replaced, OSError where the disk refuses.
     """
-    config, state = model.config, model.state_dict()
+    config, state = model.config, model.whole_state("export_llama2c")
     if wrong := list(_cannot(config, version)):
         raise ConvertError("llama2.c cannot run this model: " + "; ".join(wrong))
     H, KH, _ = config.heads
