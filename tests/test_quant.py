@@ -1,7 +1,9 @@
 """Weights into storage formats and back: bitsandbytes' bits, the half step for every value, bitsandbytes' layout."""
 
 import json
+import re
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -145,6 +147,21 @@ def test_the_mean_error_of_a_normal_distribution_is_the_known_one(kind, error):
     x = normal(2048, 2048)
     mean = np.abs(kernels.unpack(quantize(x, kind, double_quant=False)) - x).mean()
     assert abs(mean - error) < 0.00015
+
+
+def test_the_table_in_the_docs_is_what_is_measured():
+    """Every figure, to its last digit (one more or less: another seed)."""
+    page = (Path(__file__).parent.parent / "docs/quantization.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`(, plain scales)? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) % \|", page, re.M)
+    assert len(rows) == 5
+    x, w = normal(256, 2048, seed=1), normal(2048, 2048)
+    for kind, plain, *figures in rows:
+        packed = quantize(w, kind, double_quant=not plain)
+        off = np.abs(kernels.unpack(packed) - w)
+        measured = packed.nbytes / packed.size, off.mean(), off.max(), 100 * output_error(x, w, packed)
+        for figure, value in zip(figures, measured, strict=True):
+            digit = 10.0 ** -len(figure.partition(".")[2])
+            assert abs(float(figure) - value) < 1.01 * digit, (kind, plain, figure, value)
 
 
 def test_a_layers_output_error_is_that_of_its_weights():

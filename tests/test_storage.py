@@ -213,7 +213,7 @@ def test_a_folder_that_is_quantized_is_not_quantized_otherwise(quantized):
 def test_wrong_parts_of_a_quantized_folder_are_named(quantized):
     name = "model.layers.0.mlp.up_proj.weight"
     change_weights(quantized, **{f"{name}.absmax": np.zeros(3, np.uint8)})
-    assert f"quantized: {name}: as bitsandbytes stores it: absmax is uint8 (3,), wanted uint8 (4,)" in refusal(quantized)
+    assert f"{name}: as bitsandbytes stores it: absmax is uint8 (3,), wanted uint8 (4,)" in refusal(quantized)
     change_weights(quantized, **{f"{name}.absmax": None})
     assert f"{name}: as bitsandbytes stores it: absmax is missing" in refusal(quantized)
     change_weights(quantized, **{name: None})
@@ -271,8 +271,8 @@ def test_a_folder_is_quantized_like_the_model_in_it(tmp_path, kind, limit):
     source = small().save_pretrained(tmp_path / "source", dtype="bfloat16", max_shard_size=2000)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"):
         (source / name).write_text(name)
-    said = []
-    out = quantize_folder(source, tmp_path / "out", kind, max_shard_size=limit, progress=lambda *each: said.append(each))
+    said, out = [], tmp_path / "out"
+    quantize_folder(source, out, kind, max_shard_size=limit, progress=lambda *each: said.append(each))
     assert_same(Llama.from_pretrained(out), Llama.from_pretrained(source, storage=kind))
     names = {file.name for file in out.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names

@@ -50,8 +50,8 @@ def states_of(values: Mapping[str, Any], files: Mapping[str, SafeTensors], where
     if states and values.get("quantization_config") is None:
         name = min(states)
         raise FormatError(
-            f"{where}: bitsandbytes quantized {short(name)} (there is its {states[name][0]}), but the configuration has "
-            "no quantization_config; take the config.json that belongs to these files"
+            f"{where}: bitsandbytes quantized {short(name)} (there is its {states[name][0]}), but the configuration "
+            "has no quantization_config; take the config.json that belongs to these files"
         )
     return states
 

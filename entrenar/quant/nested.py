@@ -48,9 +48,9 @@ def nest(scales: Array) -> Nested:
     offset = torch_mean(scales)
     centred = np.pad(scales - offset, (0, -scales.size % BLOCK)).reshape(-1, BLOCK)
     absmax = np.abs(centred).max(axis=1, initial=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scaled = np.clip(centred * (1 / absmax)[:, None], F32(-1), F32(1))
-    scaled[absmax == 0] = -1  # bitsandbytes gives such a block the code 0; times its absmax, 0
+    scaled[np.isnan(scaled)] = -1  # 0 / 0: bitsandbytes gives it the code 0, which times the block's absmax is nothing
     places = (scaled + F32(1)) * F32(0.5) * F32(LOOKUP - 1) + F32(0.5)
     codes = _lookup()[places.astype(np.uint16)].reshape(-1)[: scales.size]
     return Nested(codes, dynamic_map(), absmax, float(offset), BLOCK)
