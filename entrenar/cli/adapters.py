@@ -14,7 +14,7 @@ from typing import Any
 
 from entrenar.adapters.config import LoraConfig
 from entrenar.adapters.files import CONFIG, find_adapter, read_adapter_config
-from entrenar.cli.model_options import OFF
+from entrenar.cli.model_options import BASE, OFF
 from entrenar.cli.parser import CommandLineError
 from entrenar.formats import FormatError
 from entrenar.formats.strict_json import read_object
@@ -65,8 +65,8 @@ def given(words: Sequence[str], own: list[Given], find: Callable[[Path], Path]) 
 def _one(word: str, taken: set[str], find: Callable[[Path], Path]) -> Given:
     match = None if Path(word).expanduser().exists() else NAMED.fullmatch(word)
     name, path = (match[1], Path(match[2]).expanduser()) if match else (None, Path(word).expanduser())
-    if name == OFF or name in taken:
-        why = "stands for the model alone" if name == OFF else "is taken"
+    if name in (OFF, BASE) or name in taken:
+        why = "is taken" if name in taken else "stands for the model alone"
         raise CommandLineError(f"--adapter {word}: the name {name} {why}; give another")
     folder = find(path)
     if not is_adapter(folder):
@@ -80,7 +80,7 @@ def named_after(path: Path) -> str:
     if STEP.fullmatch(path.name) or path.name in (NEWEST, BEST):
         path = path.parent
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name).strip("-")[:60]
-    return name if name and name != OFF else "adapter"
+    return name if name and name not in (OFF, BASE) else "adapter"
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrenar.cli.generate import add_sampling, read_prompt, sampling
-from entrenar.cli.model_options import add_model_options, opened
+from entrenar.cli.model_options import BASE, add_model_options, opened
 from entrenar.cli.parser import CommandLineError
 from entrenar.cli.terminal import paint
 from entrenar.cli.writing import BETWEEN, Page
@@ -32,7 +32,6 @@ entrenar chat runs/tuned
 entrenar chat Llama-3.2-1B --adapter a=runs/a --compare --prompts ask.jsonl
 """
 MAX_TOKENS = 512
-BASE = "base"  # the model alone, where its answers stand beside others'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

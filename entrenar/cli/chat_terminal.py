@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from entrenar.cli.chat import BASE, Shown, name_of, save
+from entrenar.cli.chat import Shown, name_of, save
 from entrenar.cli.conversation import Answer, ContextFull, Conversation, compared
-from entrenar.cli.model_options import OFF
+from entrenar.cli.model_options import BASE, OFF
 from entrenar.cli.parser import CommandLineError, nearest
 from entrenar.cli.terminal import paint
 from entrenar.data.chat import TemplateError

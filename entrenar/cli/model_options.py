@@ -12,7 +12,7 @@ from entrenar.kernels.packed import KINDS
 if TYPE_CHECKING:
     from entrenar.cli.models import Opened
 
-OFF = "off"  # what the model alone is called
+OFF, BASE = "off", "base"  # what the model alone is called: to switch to, and beside others
 STORAGES = ("stored", "float32", *KINDS)
 
 
