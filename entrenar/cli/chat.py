@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from entrenar.cli.generate import add_sampling, read_prompt, sampling
 from entrenar.cli.model_options import BASE, add_model_options, opened
-from entrenar.cli.parser import CommandLineError
+from entrenar.cli.parser import CommandLineError, told_together
 from entrenar.cli.terminal import paint
 from entrenar.cli.writing import BETWEEN, Page
 
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 NAME = "chat"
 HELP = "talk with a model, its adapters switched on and off as you like"
 EXAMPLE = """
-entrenar chat runs/tuned
-entrenar chat Llama-3.2-1B --adapter a=runs/a --compare --prompts ask.jsonl
+entrenar chat Llama-3.2-1B --adapter runs/tuned --compare
 """
 MAX_TOKENS = 512
 
@@ -42,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(add)
     add("--prompt", metavar="TEXT", help="ask this, and end; -: all of standard input")
     add("--prompts", metavar="FILE", help='JSONL with "prompt" or "messages": ask each')
-    add("--compare", action="store_true", help="the model's own answers beside the adapter's")
-    add("--json", action="store_true", help="answers as lines of JSON")
+    told_together(
+        add("--compare", action="store_true", help="the model's own answers too; all as lines of JSON"),
+        add("--json", action="store_true", help="answers as lines of JSON"),
+    )
     add("--system", metavar="TEXT", default="", help="what the model is told before the conversation")
     add("--template", metavar="NAME", help="another chat template: its name, or a file")
     add_sampling(add, MAX_TOKENS)
@@ -118,7 +119,7 @@ def questions(path: Path) -> Iterator[Question]:
             if not line.strip():
                 continue
             try:
-                yield question(parse(line, str(path), first_line=number, values=USUAL_VALUES))
+                yield question(parse(line.rstrip(), str(path), first_line=number, values=USUAL_VALUES))
             except BadRow as error:
                 raise CorpusError(f"{path} line {number:,}: {error}") from None
             except FormatError as error:

@@ -130,7 +130,7 @@ class Conversation:
     def content(self, answer: Answer) -> str:
         """The answer as the template's message: such that the template writes what was read and written, if it can."""
         written = answer.prompt + answer.text
-        for content in (answer.text, answer.text.lstrip(" ")):
+        for content in (answer.text, answer.text.removeprefix(" ")):
             try:
                 again = self.template.render([*answer.messages, {"role": "assistant", "content": content}]).text
             except TemplateError:

@@ -61,7 +61,7 @@ def halves_missing(entries: Mapping[str, Entry]) -> Iterator[str]:
             continue
         other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         if other not in entries:
-            yield f"{clipped(name, 100)} is there without {clipped(other.rpartition('lora_')[2], 40)}"
+            yield f"{clipped(name, 100)} is there without lora_{clipped(other.rpartition('lora_')[2], 40)}"
         elif entry.shape[:1] != entries[other].shape[-1:]:
             yield f"{clipped(name, 100)} {entry.shape} does not fit its B {entries[other].shape}"
 

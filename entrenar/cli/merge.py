@@ -119,6 +119,7 @@ def keep_generation(opened: Opened, out: Path) -> None:
 
 def in_options(text: str) -> str:
     """The words of a refusal as they are typed here."""
+    text = text.removeprefix("merge: ")
     for python, option in (("force=True", "--force"), ("dtype='float32'", "--dtype float32")):
         text = text.replace(python, option)
     return text.replace("or bfloat16", "or --dtype bfloat16")
