@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from entrenar.cli.conversation import Answer, Conversation, Message
 
 NAME = "chat"
-HELP = "talk with a model, its adapters switched on and off as you like"
+HELP = "talk with a model: adapters on and off, base and tuned side by side"
 EXAMPLE = """
 entrenar chat Llama-3.2-1B --adapter runs/tuned --compare
 """

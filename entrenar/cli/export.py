@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from entrenar.cli.models import Opened
 
 NAME = "export"
-HELP = "write a model or adapter for transformers, PEFT, llama.cpp or llama2.c"
+HELP = "write a model or adapter for transformers, PEFT or llama.cpp; llama2.c too"
 EXAMPLE = """
 entrenar export runs/mine --to gguf --out mine.gguf
 entrenar export runs/tuned --best --to peft --out adapter

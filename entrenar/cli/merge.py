@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from entrenar.cli.models import Opened
 
 NAME = "merge"
-HELP = "make a model and its adapter one plain model, and prove that it is the same"
+HELP = "make a model and its adapter one: with the proof that it is the same"
 EXAMPLE = """
 entrenar merge runs/tuned --out tuned
 entrenar merge Llama-3.2-1B adapter/ --out tuned --data held-out.txt

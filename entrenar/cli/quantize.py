@@ -21,7 +21,7 @@ from entrenar.cli.terminal import columns, paint
 from entrenar.kernels.packed import Packed
 
 NAME = "quantize"
-HELP = "store a model in 4 bits (nf4, fp4) or bfloat16, and say how far off it is"
+HELP = "store a model in 4 bits or bfloat16: weight by weight, with the errors"
 EXAMPLE = """
 entrenar quantize Llama-3.2-1B --to nf4 --out Llama-3.2-1B-nf4
 """
