@@ -1,4 +1,4 @@
-"""`entrenar merge` and `entrenar quantize`: what is written is what it says, and what would lose a tuning is refused."""
+"""`entrenar merge` and `entrenar quantize`: what is written is what it says; what would lose a tuning is refused."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tuned
-from fine_runs import finetune, make_base, write_rows
+from fine_runs import ROWS, finetune, make_base, write_rows
 
 from entrenar import cli, kernels
 from entrenar.adapters import load_adapter
@@ -52,7 +52,8 @@ def test_a_merged_model_says_what_base_and_adapter_say_and_proves_it(made, tmp_p
     words = [made / "run"] if adapter == "run" else [made / "base", made / adapter]
     code, told, err = command(capsys, "merge", *words, "--out", out)
     assert code == 0 and f"merging {adapter} as float32" in err and "comparing over" in err
-    found = re.search(r"over (\d+) held-out tokens: max \|logit difference\| (\S+), KL (\S+) nats a token, 100.0 %", told)
+    proof = r"over (\d+) held-out tokens: max \|logit difference\| (\S+), KL (\S+) nats a token, 100.0 %"
+    found = re.search(proof, told)
     assert found and int(found[1]) > 100 and float(found[2]) < 1e-3 and float(found[3]) < 1e-6
     folder = made / "run" / "checkpoint" if adapter == "run" else made / adapter
     np.testing.assert_allclose(logits(out), logits(made / "base", folder), rtol=1e-4, atol=1e-3)
@@ -215,8 +216,11 @@ def test_a_real_run_is_talked_to_compared_merged_and_exported(tmp_path, monkeypa
     monkeypatch.setattr("entrenar.kernels.fma_peak", lambda seconds: 1e11)
     monkeypatch.chdir(tmp_path)
     make_base(tmp_path / "base")
-    write_rows(tmp_path / "chats.jsonl")
-    assert finetune("run", training__steps=40, lr_schedule__learning_rate=0.02, base__storage="nf4") == 0
+    (tmp_path / "chats").mkdir()
+    write_rows(tmp_path / "chats" / "train.jsonl", ROWS[4:])
+    write_rows(tmp_path / "chats" / "valid.jsonl", ROWS[:4])
+    assert finetune("run", data__source="chats", training__steps=40, lr_schedule__learning_rate=0.02,
+                    base__storage="nf4") == 0  # fmt: skip
     capsys.readouterr()
     ask = ("--prompt", "say red and blue", "--temperature", 0, "--max-tokens", 8)
     code, tuned_says, _ = command(capsys, "chat", "run", *ask)
@@ -235,4 +239,9 @@ def test_a_real_run_is_talked_to_compared_merged_and_exported(tmp_path, monkeypa
     text = command(capsys, "inspect", "run")[1]
     assert "checkpoint of an adapter" in text and "LoRA of rank 4" in text and "nats per trained token" in text
     assert re.search(r"held as +nf4\n", text)
-    assert command(capsys, "eval", "run", "chats.jsonl")[0] == 2, "rows of messages are no text"
+    end = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    words = ("eval", "run", "chats", "--chat", "--adapter", "off", "--adapter", "run", "--json")
+    alone, better = json.loads(command(capsys, *words)[1])["adapters"]
+    assert better["loss"] == pytest.approx(end["held_out_loss"], rel=1e-5) and better["rows"] == 4
+    assert better["loss"] < alone["loss"] - 0.5
+    assert command(capsys, "eval", "run", "chats/train.jsonl")[0] == 2, "rows of messages are no text"

@@ -99,9 +99,9 @@ def held_out(opened: Opened, source: str | None) -> np.ndarray:
     if source is None:
         ids = opened.tokenizer.encode(TEXT)
     else:
-        from entrenar.cli.evaluate import read
+        from entrenar.cli.evaluate import whole_text
 
-        ids = read(opened, source).tokens
+        ids = whole_text(opened, source).tokens
     return np.array([*opened.begin, *ids[: limit - len(opened.begin)].tolist()])
 
 

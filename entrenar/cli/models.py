@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from entrenar.adapters import load_adapter, use_adapter
+from entrenar.adapters import active_adapter, load_adapter, use_adapter
 from entrenar.cli.adapters import Given, base_of, below, given, held_as, is_adapter, named_after, the_same
 from entrenar.cli.parser import CommandLineError
 from entrenar.data import Tokenizer, TokenizerError, load_tokenizer
@@ -66,7 +66,7 @@ class Opened:
 
     def use(self, name: str | None) -> None:
         """Let the model be what this adapter makes of it; None: what it is alone."""
-        if self.tuned:
+        if self.tuned and name != active_adapter(self.model):
             use_adapter(self.model, name)
 
 
