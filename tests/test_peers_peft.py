@@ -140,7 +140,7 @@ def test_the_same_modules_are_matched(fields):
         with pytest.raises(ValueError):
             plan(models()[1], LoraConfig(**fields))
         return
-    found = plan(models()[1], LoraConfig(**fields), every_pattern=False)
+    found = plan(models()[1], LoraConfig(**fields), strict=False)
     assert ({name: (s.r, s.scale) for name, s in found.low_rank.items()}, sorted(found.whole)) == wanted
 
 
