@@ -307,6 +307,32 @@ def test_one_step_of_training_equals_peft(fields, dtype, tolerance, checkpointin
     one_step(theirs, ours, tolerance)
 
 
+@pytest.mark.parametrize("fields", [dict(target_modules="all-linear"), dict(target_modules=["q_proj"], use_dora=True)])
+def test_dropout_goes_where_peft_has_it(fields, tmp_path, monkeypatch):
+    """With the same mask in both, which depends on the shape alone."""
+
+    def mask(shape):
+        return (np.random.default_rng(2).random(shape) >= 0.3) / np.float64(0.7)
+
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.from_numpy(mask(tuple(x.shape)))
+
+    theirs, ours = models("float64")
+    theirs = with_peft(theirs, fields | dict(lora_dropout=0.3), **QUIET)
+    for p in theirs.parameters():
+        p.data = p.data.to(torch.float64)
+    theirs.save_pretrained(tmp_path)
+    for module in theirs.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.lora_dropout["default"] = Masked()
+    monkeypatch.setattr("entrenar.ops.dropout", lambda x, p: x * mask(x.shape))
+    load_adapter(ours, tmp_path, trainable=True)
+    one_step(theirs.train(), ours, 2e-6)
+    plain = ours.eval().loss(IDS[:, :-1], TARGETS).item()
+    assert plain != pytest.approx(ours.train().loss(IDS[:, :-1], TARGETS).item(), rel=1e-3), "the control"
+
+
 def quantized(theirs, ours, quant_type, nested):
     """Every linear layer but the head as bitsandbytes' Linear4bit in one, as the same bytes in the other."""
     bnb = pytest.importorskip("bitsandbytes")
