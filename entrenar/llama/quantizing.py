@@ -30,8 +30,8 @@ from entrenar.llama.pretrained import (
 from entrenar.nn import unfilled
 from entrenar.quant import bitsandbytes, quantize
 
-BESIDE = ("*.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-          "chat_template.json", GENERATION)  # fmt: skip
+BESIDE = ("*.jinja", "additional_chat_templates/*.jinja", "tokenizer*", "special_tokens_map.json",
+          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", GENERATION)  # fmt: skip
 SHARD = 500 * 10**6  # bytes of a file of the result, which is in memory until it is written
 Progress = Callable[[int, int], None]
 
@@ -71,7 +71,9 @@ def quantize_folder(folder: str | Path, out: str | Path, kind: str = "nf4", *, b
         settings = bitsandbytes.config(kind, double_quant=double_quant, dtype=_compute_dtype(values))
         write_json(temporary / CONFIG, values | {"quantization_config": settings})
         for file in sorted({file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()}):
-            shutil.copyfile(file, temporary / file.name)
+            target = temporary / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
     return out
 
 
