@@ -1,4 +1,4 @@
-"""What is left of a fine-tuning run, as transformers and PEFT read it: exported adapter, merged and quantized folders."""
+"""What a fine-tuning run leaves, as transformers and PEFT read it: exported adapter, merged and quantized folders."""
 
 from __future__ import annotations
 

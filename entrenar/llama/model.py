@@ -239,19 +239,9 @@ class Llama(Module):
         """Raise ValueError where layers have adapters beside them: `what` is for plain models."""
         if any(name.endswith(".base_layer") for name, _ in self.named_modules()):
             raise ValueError(
-                f"{what}: this model has adapters beside its layers; save_adapter() writes an adapter, merge_adapter() a "
-                "plain model, and remove_adapter() leaves the base"
+                f"{what}: this model has adapters beside its layers; save_adapter() writes an adapter, merge_adapter() "
+                "a plain model, and remove_adapter() leaves the base"
             )
-
-    def whole_state(self, what: str) -> dict[str, np.ndarray]:
-        """`state_dict`, for a file of the whole model. Raises ValueError where it is not all: adapters, packed weights."""
-        self.refuse_adapters(what)
-        if packed := next(self.named_packed(), None):
-            raise ValueError(
-                f"{what}: {packed[0]} is stored as {packed[1].kind}; read the model as floats (without storage), or "
-                "merge an adapter into it, which makes floats"
-            )
-        return self.state_dict()
 
     def _rope(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows start..end of the tables, which grow on demand up to the model's context."""

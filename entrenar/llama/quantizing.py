@@ -32,8 +32,8 @@ from entrenar.llama.pretrained import (
 from entrenar.nn import unfilled
 from entrenar.quant import bitsandbytes, quantize
 
-BESIDE = ("*.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-          "chat_template.json", GENERATION)  # fmt: skip
+BESIDE = ("*.jinja", "additional_chat_templates/*.jinja", "tokenizer*", "special_tokens_map.json",
+          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", GENERATION)  # fmt: skip
 SHARD = 500 * 10**6  # bytes of a file of the result, which is in memory until it is written
 Progress = Callable[[int, int], None]
 Look = Callable[[str, np.ndarray, Packed], None]
@@ -75,7 +75,9 @@ def quantize_folder(folder: str | Path, out: str | Path, kind: str = "nf4", *, b
         write_shards(temporary, groups, max_shard_size)
         write_json(temporary / CONFIG, values | _said(values, kind, double_quant))
         for file in sorted({file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()}):
-            shutil.copyfile(file, temporary / file.name)
+            target = temporary / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
     return out
 
 
