@@ -69,6 +69,12 @@ def prototypes() -> list[Prototype]:
     return [Prototype(result, name, re.sub(r"\s+", " ", parameters)) for result, name, parameters in found]
 
 
+def structs() -> list[str]:
+    """The types of kernels.h, as cffi and the dispatcher want them."""
+    header = re.sub(r"//.*", "", (HERE / "kernels.h").read_text())
+    return re.findall(r"^typedef struct \{[^}]*\} \w+;", header, re.MULTILINE)
+
+
 def renames(isa: Isa) -> list[tuple[str, str]]:
     """The macros that give every kernel of one instruction set its own symbol."""
     return [(kernel.name, f"{kernel.name}_{isa.name}") for kernel in prototypes()]
@@ -129,10 +135,11 @@ def dispatcher(built: list[Isa]) -> str:
     ]
     runs = "\n".join(f"    case {i}: return {isa.runnable};" for i, isa in enumerate(built))
     table = ["static const struct isa {", "    const char *name;", *fields, "} isas[] = {", *rows, "};"]
-    lines = ["#include <stdint.h>", *externs, *table, "static const struct isa *active;", *forwards]
+    lines = ["#include <stdint.h>", *structs(), *externs, *table, "static const struct isa *active;", *forwards]
     return "\n".join(lines) + CONTROL_CODE % {"runs": runs}
 
 
 ffi = FFI()
+ffi.cdef("\n".join(structs()))
 ffi.cdef("\n".join(f"{k.declare(k.name)};" for k in prototypes()) + CONTROL)
 ffi.set_source("entrenar._kernels", dispatcher(isas()))

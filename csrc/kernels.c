@@ -7,7 +7,9 @@
 #include "parallel.h"
 #include "simd.h"
 
+#include "packed.c.inc"
 #include "matmul.c.inc"
+#include "packed_few.c.inc"
 
 // ---- row kernels: softmax, norms, rope, swiglu, loss, embedding, optimizer ----
 #include "rows.c.inc"

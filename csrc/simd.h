@@ -24,6 +24,10 @@ enum { W = ENT_W };
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
+ALWAYS_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+ALWAYS_INLINE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+ALWAYS_INLINE int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
+
 typedef float vf __attribute__((vector_size(4 * ENT_W)));    // W floats
 typedef int32_t vi __attribute__((vector_size(4 * ENT_W)));  // W integers; a mask has lanes of 0 or -1
 typedef uint32_t vu __attribute__((vector_size(4 * ENT_W)));  // for bit patterns
@@ -156,6 +160,60 @@ ALWAYS_INLINE void vf_transpose(vf v[ENT_W]) {
     TRANSPOSE_ROUND(v, 8)
 #endif
 }
+
+// Two vectors zipped: a0 b0 a1 b1 ..., the lower halves and the upper ones.
+#define ZIP_LOWER(s, j) ((j) / 2 + ((j) & 1 ? ENT_W : 0))
+#define ZIP_UPPER(s, j) ((j) / 2 + ENT_W / 2 + ((j) & 1 ? ENT_W : 0))
+
+// ---- bytes and tables -----------------------------------------------------------------------------------------------
+
+// W bytes, signed bytes or 16-bit numbers as W integers. Intrinsics: gcc 12 makes __builtin_convertvector go lane by
+// lane.
+#if defined(__AVX512F__) && ENT_W == 16
+ALWAYS_INLINE vi vi_from_bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+ALWAYS_INLINE vi vi_from_int8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
+ALWAYS_INLINE vi vi_from_uint16(const uint16_t *p) {
+    return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+}
+#elif defined(__AVX2__) && ENT_W == 8
+ALWAYS_INLINE vi vi_from_bytes(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+ALWAYS_INLINE vi vi_from_int8(const int8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
+ALWAYS_INLINE vi vi_from_uint16(const uint16_t *p) {
+    return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+}
+#else
+#define WIDENED(p)                                           \
+    int32_t lane[ENT_W];                                     \
+    for (int i = 0; i < ENT_W; i++) lane[i] = (p)[i];        \
+    vi v;                                                    \
+    memcpy(&v, lane, sizeof v);                              \
+    return v;
+ALWAYS_INLINE vi vi_from_bytes(const uint8_t *p) { WIDENED(p) }
+ALWAYS_INLINE vi vi_from_int8(const int8_t *p) { WIDENED(p) }
+ALWAYS_INLINE vi vi_from_uint16(const uint16_t *p) { WIDENED(p) }
+#endif
+
+// A table of 16 floats in registers, and its values at the lower 4 bits of each lane; other bits may be anything.
+#if defined(__AVX512F__) && ENT_W == 16
+typedef vf vf_table;
+ALWAYS_INLINE vf_table vf_table_load(const float *p) { return vf_load(p); }
+ALWAYS_INLINE vf vf_lookup(vf_table t, vi i) { return (vf)_mm512_permutexvar_ps((__m512i)i, (__m512)t); }
+#elif defined(__AVX2__) && ENT_W == 8
+typedef struct { __m256 lower, upper; } vf_table;
+ALWAYS_INLINE vf_table vf_table_load(const float *p) { return (vf_table){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+ALWAYS_INLINE vf vf_lookup(vf_table t, vi i) {  // by the lower 3 bits in both halves, by the fourth between them
+    __m256 lower = _mm256_permutevar8x32_ps(t.lower, (__m256i)i), upper = _mm256_permutevar8x32_ps(t.upper, (__m256i)i);
+    return (vf)_mm256_blendv_ps(lower, upper, (__m256)(i << 28));
+}
+#else
+typedef const float *vf_table;
+ALWAYS_INLINE vf_table vf_table_load(const float *p) { return p; }
+ALWAYS_INLINE vf vf_lookup(vf_table t, vi i) {
+    float lane[ENT_W];
+    for (int l = 0; l < ENT_W; l++) lane[l] = t[i[l] & 15];
+    return vf_load(lane);
+}
+#endif
 
 // ---- exponential and logarithm ----------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from entrenar import ops, random
+from entrenar.kernels.packed import Packed
 from entrenar.state import check_fits
 from entrenar.tensor import Tensor, current_watcher
 
@@ -63,6 +64,24 @@ class Module:
                 yield prefix + name, value
         for name, child in self.children():
             yield from child._named_tensors(f"{prefix}{name}.")
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """(name, module) of every module below this one, parents before their children."""
+        for name, child in self.children():
+            yield prefix + name, child
+            yield from child.named_modules(f"{prefix}{name}.")
+
+    def named_packed(self) -> Iterator[tuple[str, Packed]]:
+        """(name, matrix) of every weight that is frozen in a storage format; `state_dict` has the others."""
+        for path, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Packed):
+                    yield f"{path}.{name}", value
+
+    def freeze(self) -> None:
+        """No tensor of the tree requires a gradient any more: none is computed, no input is kept for it."""
+        for _, tensor in self._named_tensors():
+            tensor.requires_grad, tensor.grad = False, None
 
     def zero_grad(self) -> None:
         """Forget every gradient."""
@@ -133,12 +152,13 @@ def constant(*shape: int, value: float, dtype: Any = np.float32) -> Tensor:
 class Linear(Module):
     """y = x W^T + b          x (..., I)   weight W (O, I)   bias b (O,) or None   y (..., O)
 
-    W is drawn from N(0, std^2), std = 1/sqrt(I) unless given; b starts at zero.
+    W is drawn from N(0, std^2), std = 1/sqrt(I) unless given; b starts at zero. A weight that is frozen in a storage
+    format is a Packed, here and in Embedding: assign it.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float | None = None,
                  dtype: Any = np.float32) -> None:  # fmt: skip
-        self.weight = normal(outputs, inputs, std=inputs**-0.5 if std is None else std, dtype=dtype)
+        self.weight: Tensor | Packed = normal(outputs, inputs, std=inputs**-0.5 if std is None else std, dtype=dtype)
         self.bias = constant(outputs, value=0, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +169,7 @@ class Embedding(Module):
     """y = W[ids]             ids (...) integers in 0..V-1   weight W (V, C)   y (..., C)"""
 
     def __init__(self, rows: int, channels: int, *, std: float = 0.02, dtype: Any = np.float32) -> None:
-        self.weight = normal(rows, channels, std=std, dtype=dtype)
+        self.weight: Tensor | Packed = normal(rows, channels, std=std, dtype=dtype)
 
     def forward(self, ids: np.ndarray) -> Tensor:
         return ops.embedding(ids, self.weight)

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from entrenar.kernels import native_packed
+from entrenar.kernels.packed import KINDS, TABLES, Nested, Packed
+
 CSRC = Path(__file__).parent.parent / "csrc"
 FLAGS = ("-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  # as in setup.py
 
@@ -26,7 +29,7 @@ FLAGS = ("-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  #
 class Parameter(NamedTuple):
     """One parameter of a kernel."""
 
-    kind: str  # "pointer", "float" (float or double) or "int"
+    kind: str  # "pointer", "packed" (to an ent_packed), "float" (float or double) or "int"
     name: str
     const: bool
 
@@ -46,7 +49,7 @@ def kernels_of(header: str) -> list[Kernel]:
 
 
 def parameter(text: str) -> Parameter:
-    kind = "pointer" if "*" in text else "int" if "int64_t" in text else "float"
+    kind = "packed" if "ent_packed" in text else "pointer" if "*" in text else "int" if "int64_t" in text else "float"
     return Parameter(kind, re.findall(r"\w+", text)[-1], "const" in text)
 
 
@@ -73,6 +76,26 @@ static void get_array(int i, int filled) {          /* size or -1 for NULL, offs
     pointer[i] = size[i] < 0 ? 0 : (char *)block[i] + offset;
 }
 
+enum { ARRAYS = 6 };
+static ent_packed matrix_of[LONGEST];
+static void *part[LONGEST][ARRAYS];
+
+static ent_packed *get_packed(int i) {  /* 0 for NULL; or 1, each array as size (-1: NULL) and bytes, numbers */
+    int64_t given, bytes;
+    ent_packed *w = &matrix_of[i];
+    get(&given, 8);
+    if (!given) return 0;
+    for (int n = 0; n < ARRAYS; n++) {
+        get(&bytes, 8);
+        part[i][n] = bytes < 0 ? 0 : aligned_alloc_exactly(bytes);
+        if (bytes > 0) get(part[i][n], bytes);
+    }
+    *w = (ent_packed){part[i][0], part[i][1], part[i][2], part[i][3], part[i][4], part[i][5]};
+    get(&w->nested_offset, 8);
+    get(&w->kind, 5 * 8);
+    return w;
+}
+
 int main(void) {
     for (;;) {
         int64_t which;
@@ -83,6 +106,8 @@ int main(void) {
         }
         fflush(stdout);
         for (int i = 0; i < LONGEST; i++) { release(block[i]); block[i] = 0; }
+        for (int i = 0; i < LONGEST; i++)
+            for (int n = 0; n < ARRAYS; n++) { release(part[i][n]); part[i][n] = 0; }
     }
 }
 """
@@ -108,6 +133,9 @@ def driver(kernels: list[Kernel]) -> str:
                 call.append(f"pointer[{i}]")
                 if not const and name != "scratch":
                     put.append(f"if (size[{i}] > 0) put(block[{i}], size[{i}]);")
+            elif kind == "packed":
+                get.append(f"pointer[{i}] = get_packed({i});")
+                call.append(f"pointer[{i}]")
             elif kind == "int":
                 get.append(f"get(&whole[{i}], 8);")
                 call.append(f"whole[{i}]")
@@ -159,6 +187,8 @@ class Foreign:
                 message.append(struct.pack("q", value))
             elif kind == "float":
                 message.append(struct.pack("d", value))
+            elif kind == "packed":
+                message.append(struct.pack("q", 0) if value is None else in_bytes(value))
             elif value is None:
                 message.append(struct.pack("qq", -1, 0))
             else:
@@ -194,6 +224,17 @@ class Foreign:
         self.process.stderr.close()
 
 
+def in_bytes(w: Packed) -> bytes:
+    """A packed matrix as the driver's get_packed reads it."""
+    n = w.scales if isinstance(w.scales, Nested) else None
+    arrays = [w.codes, TABLES.get(w.kind, native_packed.NO_TABLE), None if n else w.scales]
+    arrays += [n.codes, n.table, n.absmax] if n else [None] * 3
+    parts = [struct.pack("q", -1) if a is None else struct.pack("q", a.nbytes) + a.tobytes() for a in arrays]
+    offset, outer = (np.float32(n.offset), n.block) if n else (0, 0)
+    numbers = struct.pack("d5q", offset, KINDS.index(w.kind), *w.shape, w.block, outer)
+    return struct.pack("q", 1) + b"".join(parts) + numbers
+
+
 class ArraysForPointers:
     """Stands for cffi's `ffi`: what would be a pointer stays the array it points to."""
 
@@ -210,8 +251,9 @@ class ArraysForPointers:
 
 def attach(native: Any, foreign: Foreign, monkeypatch: Any) -> None:
     """From here on, native's wrappers run their kernels in the driver."""
-    monkeypatch.setattr(native, "lib", foreign)
-    monkeypatch.setattr(native, "ffi", ArraysForPointers)
-    for pointer in ("at", "at_strided", "at_ints"):
-        monkeypatch.setattr(native, pointer, lambda array: array)
-    monkeypatch.setattr(native, "scratch", lambda size: np.empty(size, np.float32))
+    instead = {"lib": foreign, "ffi": ArraysForPointers, "scratch": lambda size: np.empty(size, np.float32)}
+    instead |= dict.fromkeys(("at", "at_strided", "at_ints", "packed"), lambda array: array)
+    for module in (native, native_packed):
+        for name, value in instead.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)

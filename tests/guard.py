@@ -12,9 +12,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from dataclasses import fields
+from typing import Any
 
 import kernel_cases
 import numpy as np
+
+from entrenar.kernels.packed import Nested, Packed
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -36,7 +40,17 @@ def guarded(x: np.ndarray, side: str) -> np.ndarray:
 
 
 def guarded_args(args: dict, side: str) -> dict:
-    return {name: guarded(x, side) if isinstance(x, np.ndarray) else x for name, x in args.items()}
+    return {name: guarded_value(x, side) for name, x in args.items()}
+
+
+def guarded_value(x: Any, side: str) -> Any:
+    """An array, or the arrays of a packed matrix, at a forbidden page; anything else as it is."""
+    if isinstance(x, np.ndarray):
+        return guarded(x, side)
+    if not isinstance(x, (Packed, Nested)):
+        return x
+    parts = {field.name: getattr(x, field.name) for field in fields(x)}
+    return type(x)(**{name: guarded_value(part, side) for name, part in parts.items()})
 
 
 def run_in_place(kernels, case, args) -> None:

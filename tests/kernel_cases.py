@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from entrenar.kernels.packed import Nested, Packed
+from entrenar.kernels.reference_packed import unpack
+
 EPS = float(np.finfo(np.float32).eps)
 TINY = 2 * float(np.finfo(np.float32).tiny)  # results below twice the smallest normal number may become zero
 IGNORE = -100
@@ -166,22 +169,30 @@ def make_qkv(rng: np.random.Generator, B: int, T: int, S: int, H: int, KH: int, 
     return {"q": normal(rng, B, T, H, D), "k": normal(rng, B, S, KH, D), "v": normal(rng, B, S, KH, D)}
 
 
-def make_attention_forward(rng: np.random.Generator, **sizes: int) -> dict[str, Any]:
-    return make_qkv(rng, **sizes) | {"scale": 1 / np.sqrt(max(sizes["D"], 1)).item()}
+def make_starts(rng: np.random.Generator, B: int, T: int, documents: int) -> np.ndarray:
+    """(B, T): rows of so many documents (of one token each where there are more), cut anywhere, each row elsewhere."""
+    starts = np.zeros((B, T), np.int64)
+    for row in starts:
+        cuts = rng.permutation(np.arange(1, T))[: documents - 1]
+        row[cuts] = cuts
+    return np.maximum.accumulate(starts, axis=1)
 
 
-def make_attention_backward(rng: np.random.Generator, **sizes: int) -> dict[str, Any]:
-    args = make_attention_forward(rng, **sizes)
-    q, k, v, scale = (np.asarray(args[name], np.float64) for name in ("q", "k", "v", "scale"))
-    p, lse, _ = naive_attention(q, k, scale)
+def make_attention_forward(rng: np.random.Generator, documents: int = 0, **sizes: int) -> dict[str, Any]:
+    """`documents` in each row; 0 for none in particular, and no `starts`."""
+    starts = {"starts": make_starts(rng, sizes["B"], sizes["T"], documents)} if documents else {}
+    return make_qkv(rng, **sizes) | starts | {"scale": 1 / np.sqrt(max(sizes["D"], 1)).item()}
+
+
+def make_attention_backward(rng: np.random.Generator, documents: int = 0, **sizes: int) -> dict[str, Any]:
+    args = make_attention_forward(rng, documents, **sizes)
+    q, k, v = (args[name].astype(np.float64) for name in ("q", "k", "v"))
+    starts = {"starts": args["starts"]} if documents else {}
+    p, lse, _ = naive_attention(q, k, args["scale"], **starts)
     o = np.einsum("bhts,bshd->bthd", p, per_head(v, q)).astype(np.float32)
-    return {
-        "do": normal(rng, *q.shape),
-        **args,
-        "o": o,
-        "lse": lse.astype(np.float32),
-        "scale": args["scale"],
-    }
+    inputs = {name: args[name] for name in ("q", "k", "v")}
+    outputs = {"o": o, "lse": lse.astype(np.float32)}
+    return {"do": normal(rng, *q.shape), **inputs, **outputs, **starts, "scale": args["scale"]}
 
 
 def make_linear_cross_entropy(
@@ -236,6 +247,47 @@ def total(length: int) -> float:
 
 def bound_matmul(c, a, b):
     return total(a.shape[-1]) * (np.abs(a) @ np.abs(b))
+
+
+def random_packed(rng: np.random.Generator, kind: str, O: int, I: int, *, block: int = 64) -> Packed:
+    """A matrix in a storage format whose every code is random; kind "nf4 nested" has scales in 8 bits."""
+    n, (kind, _, nested) = O * I, kind.partition(" ")
+    blocks = -(-n // block)
+    if kind == "bfloat16":
+        return Packed(kind, (O, I), (normal(rng, n).view(np.uint32) >> 16).astype(np.uint16))
+    codes = rng.integers(-127, 128, n).astype(np.int8) if kind == "q8_0" else random_bytes(rng, -(-n // 2))
+    if not nested:
+        return Packed(kind, (O, I), codes, rng.random(blocks, np.float32), block)
+    table, absmax = np.sort(normal(rng, 256)), rng.random(-(-blocks // 256), np.float32)
+    return Packed(kind, (O, I), codes, Nested(random_bytes(rng, blocks), table, absmax, 0.625), block)
+
+
+def random_bytes(rng: np.random.Generator, n: int) -> np.ndarray:
+    return rng.integers(0, 256, n).astype(np.uint8)
+
+
+PACKED = ("nf4", "nf4 nested", "fp4", "q8_0", "bfloat16")
+
+
+def oi(N: int, O: int, I: int, kind: str, block: int = 64) -> dict[str, Any]:
+    return {"N": N, "O": O, "I": I, "kind": kind, "block": block}
+
+
+def packed_case(kernel: str, make: Callable[..., dict[str, Any]], bounds: Callable[..., Any]) -> Case:
+    """Few rows and many, rows of whole blocks and blocks that run across rows, odd rows that share a byte."""
+    return Case(
+        kernel,
+        make,
+        bounds,
+        sizes=tuple(
+            oi(N, O, I, kind, block)
+            for kind in PACKED
+            for N, O, I, block in ((1, 6, 64, 64), (3, 7, 13, 64), (8, 33, 192, 32), (4, 9, 256, 64), (40, 70, 100, 2))
+        ),
+        empty=(oi(0, 3, 4, "nf4"), oi(3, 0, 4, "nf4"), oi(3, 4, 0, "bfloat16"), oi(0, 0, 0, "q8_0")),
+        tails=(lambda n: oi(9, 5, n, "nf4 nested"), lambda n: oi(2, n, 64, "nf4"), lambda n: oi(n, 17, 32, "q8_0", 32)),
+        large=oi(160, 321, 259, "nf4 nested"),
+    )
 
 
 def below_max(x):
@@ -327,13 +379,15 @@ def per_head(k, q):
     return np.repeat(k, q.shape[2] // max(k.shape[2], 1), axis=2)
 
 
-def naive_attention(q, k, scale):
+def naive_attention(q, k, scale, starts=None):
     """(p (B, H, T, S), lse (B, H, T), scores): softmax of the causally masked scaled scores, all of them
     stored.
     """
     scores = np.einsum("bthd,bshd->bhts", q, per_head(k, q)) * scale
     T, S = scores.shape[-2:]
     hidden = np.arange(S)[None, :] > np.arange(T)[:, None] + (S - T)
+    if starts is not None:
+        hidden = hidden | (np.arange(S) < starts[:, None, :, None])  # (B, 1, T, S)
     masked = np.where(hidden, -np.inf, scores)
     top = masked.max(-1, keepdims=True, initial=-np.finfo(np.float64).max)
     e = np.exp(masked - top)
@@ -341,9 +395,13 @@ def naive_attention(q, k, scale):
     return e / z, (top + np.log(z))[..., 0], np.where(hidden, 0, scores)
 
 
+def magnitude(x):
+    """|x|, 0 where that is not finite: an inf spoils the results it reaches, not the bounds of the others."""
+    return np.where(np.isfinite(x), np.abs(x), 0)
+
+
 def largest(x):
-    """The largest magnitude among the finite: an inf spoils its own row, not the bounds of the others."""
-    return np.abs(np.where(np.isfinite(x), x, 0)).max(initial=0)
+    return magnitude(x).max(initial=0)
 
 
 def score_error(q, k, lse, scores, scale):
@@ -352,15 +410,15 @@ def score_error(q, k, lse, scores, scale):
     return total(q.shape[-1]) * size + EPS * (8 + largest(scores) + largest(lse))
 
 
-def bound_attention_forward(o, lse, q, k, v, scale):
-    p, _, scores = naive_attention(q, k, scale)
+def bound_attention_forward(o, lse, q, k, v, scale, starts=None):
+    p, _, scores = naive_attention(q, k, scale, starts)
     error = score_error(q, k, lse, scores, scale) + total(k.shape[1])
-    return error * np.einsum("bhts,bshd->bthd", p, np.abs(per_head(v, q))), error * (1 + np.abs(lse))
+    return error * np.einsum("bhts,bshd->bthd", p, magnitude(per_head(v, q))), error * (1 + np.abs(lse))
 
 
-def bound_attention_backward(dq, dk, dv, do, q, k, v, o, lse, scale):
+def bound_attention_backward(dq, dk, dv, do, q, k, v, o, lse, scale, starts=None):
     (_, T, _, D), (B, S, KH, _) = q.shape, k.shape
-    seen, _, scores = naive_attention(q, k, scale)
+    seen, _, scores = naive_attention(q, k, scale, starts)
     p = np.where(
         seen > 0, np.exp(scores - lse[..., None]), 0
     )  # from the lse that is given, as the kernel must
@@ -371,9 +429,9 @@ def bound_attention_backward(dq, dk, dv, do, q, k, v, o, lse, scale):
         p > 0, p * (dp + delta) * abs(scale), 0
     )  # an inf that a query does not see is not its error
     shared = (B, S, KH, q.shape[2] // max(KH, 1), D)  # the query heads that read one kv head add up
-    bound_k = np.einsum("bhts,bthd->bshd", ds, np.abs(q)).reshape(shared).sum(3)
-    bound_v = np.einsum("bhts,bthd->bshd", p, np.abs(do)).reshape(shared).sum(3)
-    return error * np.einsum("bhts,bshd->bthd", ds, np.abs(per_head(k, q))), error * bound_k, error * bound_v
+    bound_k = np.einsum("bhts,bthd->bshd", ds, magnitude(q)).reshape(shared).sum(3)
+    bound_v = np.einsum("bhts,bthd->bshd", p, magnitude(do)).reshape(shared).sum(3)
+    return error * np.einsum("bhts,bshd->bthd", ds, magnitude(per_head(k, q))), error * bound_k, error * bound_v
 
 
 def bound_cross_entropy_forward(losses, lse, logits, targets, ignore_index):
@@ -479,33 +537,36 @@ def rope_case(kernel: str, x: str) -> Case:
     )
 
 
-def qkv(B: int, T: int, S: int, H: int, KH: int, D: int) -> dict[str, int]:
-    return {"B": B, "T": T, "S": S, "H": H, "KH": KH, "D": D}
+def qkv(B: int, T: int, S: int, H: int, KH: int, D: int, **documents: int) -> dict[str, int]:
+    return {"B": B, "T": T, "S": S, "H": H, "KH": KH, "D": D, **documents}
 
 
-def each_query_alone_forward(reference, q, k, v, scale):
+def each_query(q, k, starts):
+    """(its row, its place in it, the keys it may see) of every query, as slices."""
+    T, S = q.shape[1], k.shape[1]
+    for b, t in np.ndindex(q.shape[:2]):
+        first = 0 if starts is None else starts[b, t]
+        yield slice(b, b + 1), slice(t, t + 1), slice(first, S - T + t + 1)
+
+
+def each_query_alone_forward(reference, q, k, v, scale, starts=None):
     """Attention without a mask: every query with just the keys it may see. 0 * inf is nan, so a mask that
     multiplies by zero lets an inf through; a key that is not there does not.
     """
-    T, S = q.shape[1], k.shape[1]
-    seen = [S - T + t + 1 for t in range(T)]
-    rows = [
-        reference.attention_forward(q[:, t : t + 1], k[:, :n], v[:, :n], scale=scale)
-        for t, n in enumerate(seen)
-    ]
-    return np.concatenate([o for o, _ in rows], axis=1), np.concatenate([lse for _, lse in rows], axis=2)
+    o, lse = np.zeros_like(q), np.zeros((q.shape[0], q.shape[2], q.shape[1]), q.dtype)
+    for b, t, keys in each_query(q, k, starts):
+        o[b, t], lse[b, :, t] = reference.attention_forward(q[b, t], k[b, keys], v[b, keys], scale=scale)
+    return o, lse
 
 
-def each_query_alone_backward(reference, do, q, k, v, o, lse, scale):
-    T, S = q.shape[1], k.shape[1]
+def each_query_alone_backward(reference, do, q, k, v, o, lse, scale, starts=None):
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for t in range(T):
-        n, one = S - T + t + 1, slice(t, t + 1)
-        dq[:, one], dk_t, dv_t = reference.attention_backward(
-            do[:, one], q[:, one], k[:, :n], v[:, :n], o[:, one], lse[:, :, one], scale=scale
+    for b, t, keys in each_query(q, k, starts):
+        dq[b, t], dk_t, dv_t = reference.attention_backward(
+            do[b, t], q[b, t], k[b, keys], v[b, keys], o[b, t], lse[b, :, t], scale=scale
         )
-        dk[:, :n] += dk_t
-        dv[:, :n] += dv_t
+        dk[b, keys] += dk_t
+        dv[b, keys] += dv_t
     return dq, dk, dv
 
 
@@ -525,12 +586,25 @@ def attention_case(
             qkv(1, 130, 131, 2, 1, 48),
             qkv(1, 64, 128, 2, 2, 64),
             qkv(1, 33, 33, 1, 1, 257),
+            qkv(2, 50, 50, 2, 1, 17, documents=1),
+            qkv(3, 7, 7, 2, 2, 5, documents=3),
+            qkv(2, 201, 201, 4, 2, 16, documents=4),
+            qkv(1, 96, 96, 1, 1, 9, documents=96),
+            qkv(1, 300, 300, 3, 1, 40, documents=11),
         ),
-        empty=(qkv(0, 3, 3, 2, 1, 4), qkv(2, 0, 0, 2, 1, 4), qkv(2, 0, 5, 2, 1, 4)),
+        empty=(
+            qkv(0, 3, 3, 2, 1, 4),
+            qkv(2, 0, 0, 2, 1, 4),
+            qkv(2, 0, 5, 2, 1, 4),
+            qkv(0, 3, 3, 2, 1, 4, documents=2),
+            qkv(2, 0, 0, 2, 1, 4, documents=1),
+        ),
         tails=(
             lambda n: qkv(1, 3, 4, 2, 1, n),
             lambda n: qkv(1, n, n, 2, 1, 5),
             lambda n: qkv(1, 2, n + 1, 2, 2, 3),
+            lambda n: qkv(1, n, n, 2, 1, 5, documents=1 + n // 9),
+            lambda n: qkv(1, 96, 96, 2, 1, 6, documents=n),
         ),
         large=qkv(2, 193, 200, 6, 3, 40),
         formula=formula,
@@ -566,6 +640,30 @@ CASES = (
             lambda n: {"M": 2, "K": 37, "N": n},
         ),
         large={"M": 321, "K": 300, "N": 259},
+    ),
+    Case(
+        "matmul_add",
+        lambda rng, M, K, N: {"c": normal(rng, M, N), "a": normal(rng, M, K), "b": normal(rng, K, N)},
+        lambda result, c, a, b: EPS * np.abs(result) + bound_matmul(c, a, b),
+        sizes=({"M": 1, "K": 1, "N": 1}, {"M": 7, "K": 13, "N": 17}, {"M": 65, "K": 16, "N": 130}),
+        empty=({"M": 0, "K": 3, "N": 4}, {"M": 3, "K": 0, "N": 4}, {"M": 3, "K": 4, "N": 0}),
+        tails=(
+            lambda n: {"M": n, "K": 9, "N": 11},
+            lambda n: {"M": 9, "K": n, "N": 11},
+            lambda n: {"M": 2, "K": 9, "N": n},
+        ),
+        large={"M": 321, "K": 300, "N": 259},
+        in_place=("c",),
+    ),
+    packed_case(
+        "packed_linear",
+        lambda rng, N, O, I, kind, block: {"x": normal(rng, N, I), "w": random_packed(rng, kind, O, I, block=block)},
+        lambda y, x, w: bound_matmul(y, x, unpack(w).astype(np.float64).T),
+    ),
+    packed_case(
+        "packed_linear_backward",
+        lambda rng, N, O, I, kind, block: {"dy": normal(rng, N, O), "w": random_packed(rng, kind, O, I, block=block)},
+        lambda dx, dy, w: bound_matmul(dx, dy, unpack(w).astype(np.float64)),
     ),
     rows_case("softmax_forward", lambda rng, N, C: {"x": 3 * normal(rng, N, C)}, bound_softmax_forward),
     rows_case(

@@ -13,6 +13,8 @@ from itertools import combinations
 
 import numpy as np
 
+from entrenar.kernels.packed import Packed
+
 
 def matmul(a: np.ndarray, b: np.ndarray) -> None:
     """a (..., M, K) @ b (..., K, N), batch axes broadcast."""
@@ -25,6 +27,21 @@ def matmul(a: np.ndarray, b: np.ndarray) -> None:
             np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         except ValueError:
             raise ValueError(f"matmul: batch axes do not broadcast: a {a.shape} @ b {b.shape}") from None
+
+
+def matmul_add(c: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """c (M, N) += a (M, K) @ b (K, N); c writable, and not in the memory of a or b."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or c.shape != (a.shape[0], b.shape[1]):
+        raise ValueError(f"matmul_add: wants c (M, N), a (M, K), b (K, N), got {c.shape}, {a.shape}, {b.shape}")
+    if not c.flags.writeable or np.may_share_memory(c, a) or np.may_share_memory(c, b):
+        raise ValueError("matmul_add: c changes in place: it must be writable, and not in the memory of a or b")
+
+
+def packed(kernel: str, x: np.ndarray, w: Packed, axis: int) -> None:
+    """x (N, features), as many as w has along `axis`: rows (0) or columns (1)."""
+    if x.ndim != 2 or x.shape[1] != w.shape[axis]:
+        wanted = f"(N, {w.shape[axis]})"
+        raise ValueError(f"{kernel}: a packed matrix of shape {w.shape} wants rows of shape {wanted}, got {x.shape}")
 
 
 def rows(kernel: str, x: np.ndarray) -> None:
@@ -80,6 +97,30 @@ def attention(kernel: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         raise ValueError(f"{kernel}: causal: wants no fewer keys than queries (S >= T), got {shapes}")
 
 
+def documents(kernel: str, starts: np.ndarray | None, q: np.ndarray, k: np.ndarray) -> np.ndarray | None:
+    """starts (B, T), not decreasing along T, 0 <= starts[b, t] <= t, where S = T; returns starts as int64, or None."""
+    if starts is None:
+        return None
+    starts, (B, T), S = np.asarray(starts), q.shape[:2], k.shape[1]
+    if S != T:
+        raise ValueError(f"{kernel}: starts want as many keys as queries (S = T), got q {q.shape}, k {k.shape}")
+    if starts.shape != (B, T):
+        raise ValueError(f"{kernel}: q {q.shape} wants starts of shape {(B, T)}, got {starts.shape}")
+    if starts.dtype.kind not in "iu" and starts.size:
+        raise TypeError(f"{kernel}: starts must be integers, got {starts.dtype}")
+
+    outside = (starts < 0) | (starts > np.arange(T))
+    if outside.any():
+        b, t = np.argwhere(outside)[0].tolist()
+        raise IndexError(f"{kernel}: starts[{b}, {t}] is {starts[b, t]}, wanted 0 <= start <= {t}, the query itself")
+    earlier = starts[:, 1:] < starts[:, :-1]
+    if earlier.any():
+        b, t = np.argwhere(earlier)[0].tolist()
+        came = f"starts[{b}, {t + 1}] is {starts[b, t + 1]} after {starts[b, t]}"
+        raise ValueError(f"{kernel}: {came}, wanted starts that do not decrease along a row")
+    return starts.astype(np.int64, copy=False)
+
+
 def attention_backward(
     kernel: str, do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray
 ) -> None:
@@ -124,9 +165,11 @@ def cross_entropy(kernel: str, logits: np.ndarray, targets: np.ndarray, *, ignor
 
 
 def linear_cross_entropy(
-    x: np.ndarray, w: np.ndarray, targets: np.ndarray, *, ignore_index: int
+    x: np.ndarray, w: np.ndarray | Packed, targets: np.ndarray, *, ignore_index: int, need_dw: bool
 ) -> np.ndarray:
     """x (N, C), w (V, C), targets (N,); returns targets as int64."""
+    if need_dw and isinstance(w, Packed):
+        raise ValueError(f"linear_cross_entropy: w is packed ({w.kind}), so frozen: it has no gradient")
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or np.shape(targets) != x.shape[:1]:
         raise ValueError(
             "linear_cross_entropy: wants x (N, C), w (V, C) and targets (N,), "

@@ -2,152 +2,42 @@
 reference.py. Any other float type goes to the reference.
 
 A wrapper checks (checks.py), brings its inputs into the layout the kernel trusts (`floats`), makes the outputs
-(`empty`), and passes pointers (`at`). Importing this module raises ImportError where no C kernels were built.
+(`empty`), and passes pointers (`at`): calling.py has these. The kernels of packed matrices are in native_packed.py.
+Importing this module raises ImportError where no C kernels were built.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
 
 import numpy as np
 
 from entrenar.kernels import checks, reference
-from entrenar.kernels.threads import default_num_threads, short_waits
-
-with short_waits():
-    from entrenar._kernels import ffi, lib
-
-Array = np.ndarray
-F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
-
-
-# ---- arrays in, pointers out ----------------------------------------------------------------------------------------
-FLOATS, INTS = ffi.typeof("float *"), ffi.typeof("int64_t *")
-from_buffer = ffi.from_buffer
-
-
-def float32(*arrays: Array) -> bool:
-    """Whether C computes this: every float array is float32, of either byte order."""
-    for a in arrays:
-        if a.dtype is not F32 and a.dtype.char != "f":
-            return False
-    return True
-
-
-def floats(a: Array) -> Array:
-    """`a`, or its copy if it is strided, misaligned or byte-swapped: contiguous float32."""
-    flags = a.flags
-    if flags.c_contiguous and flags.aligned and a.dtype is F32:
-        return a
-    return np.array(a, F32, order="C")
-
-
-def strided(a: Array) -> Array:
-    """As `floats`, but any strides will do while the last axis is contiguous and the others step forward."""
-    if a.flags.aligned and a.dtype is F32 and a.strides[-1] == 4 and min(a.strides) >= 4:
-        return a
-    return floats(a)
-
-
-def empty(*shape: int) -> Array:
-    return np.empty(shape, F32)
-
-
-def at(a: Array):
-    """Pointer to the first element of a contiguous float32 array; it keeps the array alive. 0.2 us, where
-    a.ctypes.data takes 1.2."""
-    return from_buffer(FLOATS, a)
-
-
-def at_strided(a: Array):
-    """Pointer to the first element of any float32 array; the caller keeps the array alive."""
-    if a.flags.c_contiguous:
-        return from_buffer(FLOATS, a)
-    if a.flags.f_contiguous:
-        return from_buffer(FLOATS, a.T)
-    return ffi.cast(FLOATS, a.ctypes.data)
-
-
-def at_ints(a: Array):
-    """Pointer to a contiguous int64 array."""
-    return from_buffer(INTS, a)
-
-
-class Scratch(threading.local):
-    """Working memory lent to kernels, 64-byte aligned, one for each Python thread. It is kept between calls, because
-    fresh pages cost more than most kernels, and grows when a kernel asks for more."""
-    size = 0
-    pointer = ffi.NULL
-
-    def __call__(self, size: int):
-        if size > self.size:
-            self.size = 0
-            self.memory = np.empty(size + 16, F32)
-            offset = -self.memory.ctypes.data % 64 // 4
-            self.pointer, self.size = from_buffer(FLOATS, self.memory[offset:]), size
-        return self.pointer
-
-
-scratch = Scratch()
-
-
-# ---- instruction sets and threads -----------------------------------------------------------------------------------
-COMPILED = [ffi.string(lib.ent_isa_name(i)).decode() for i in range(lib.ent_isa_count())]
-OPENMP = bool(lib.ent_has_openmp())
-
-
-def available_isas() -> list[str]:
-    """The instruction sets that were compiled in and run on this machine, the best one last."""
-    return [name for i, name in enumerate(COMPILED) if lib.ent_isa_runs(i)]
-
-
-def use_isa(name: str) -> None:
-    """Uses one instruction set from here on, in every thread; for tests and measurements. Not while another thread
-    runs kernels: scratch memory made for one instruction set may be too small for the next."""
-    if name not in available_isas():
-        raise ValueError(f"instruction set {name!r} is not available; this build on this machine has: "
-                         f"{', '.join(available_isas())}")
-    lib.ent_use_isa(COMPILED.index(name))
-
-
-def isa() -> str:
-    return COMPILED[lib.ent_isa()]
-
-
-def set_num_threads(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"set_num_threads: wanted 1 or more, got {n}")
-    lib.ent_num_threads = int(n) if OPENMP and not forked else 1
-
-
-def get_num_threads() -> int:
-    return lib.ent_num_threads
-
-
-def stay_on_one_thread() -> None:
-    """In a forked child: libgomp's threads did not survive the fork, and whoever asks for them waits for ever."""
-    global forked
-    forked = True
-    lib.ent_num_threads = 1
-
-
-forked = False
-
-
-def start() -> None:
-    """Runs once, at import."""
-    try:
-        use_isa(os.environ.get("ENTRENAR_ISA") or available_isas()[-1])
-    except ValueError as error:
-        raise ValueError(f"ENTRENAR_ISA: {error}") from None
-    set_num_threads(default_num_threads())
-    os.register_at_fork(after_in_child=stay_on_one_thread)
-
-
-start()
+from entrenar.kernels.calling import (  # noqa: F401 (what kernels/__init__.py asks of a backend is among them)
+    F32,
+    OPENMP,
+    Array,
+    at,
+    at_ints,
+    at_strided,
+    available_isas,
+    empty,
+    ffi,
+    float32,
+    floats,
+    get_num_threads,
+    ints,
+    isa,
+    lib,
+    rows,
+    scratch,
+    set_num_threads,
+    strided,
+    use_isa,
+)
+from entrenar.kernels.native_packed import packed, packed_linear, packed_linear_backward, unpack, unpack_rows  # noqa: F401
+from entrenar.kernels.packed import Packed
 
 
 # ---- matmul ---------------------------------------------------------------------------------------------------------
@@ -206,22 +96,24 @@ def matmul(a: Array, b: Array) -> Array:
     threads = lib.ent_num_threads
     work = scratch(lib.ent_matmul_scratch(threads))
     lib.ent_matmul(at(c), at_strided(a), at_strided(b), work, threads, count, m, n, k,
-                   a_group, a_row, a_col, b_group, b_row, b_col)
+                   a_group, a_row, a_col, b_group, b_row, b_col, 0)
     return c
 
 
+def matmul_add(c: Array, a: Array, b: Array) -> None:
+    checks.matmul_add(c, a, b)
+    if not (c.dtype is F32 and c.flags.carray and float32(a, b)):
+        return reference.matmul_add(c, a, b)
+    (m, k), n = a.shape, b.shape[1]
+    if c.size and k:
+        (a, a_row, a_col), (b, b_row, b_col) = matrices(a), matrices(b)
+        threads = lib.ent_num_threads
+        work = scratch(lib.ent_matmul_scratch(threads))
+        lib.ent_matmul(at(c), at_strided(a), at_strided(b), work, threads, 1, m, n, k,
+                       0, a_row, a_col, 0, b_row, b_col, 1)
+
+
 # ---- rows: softmax, norms, rope, swiglu, loss, embedding, optimizer -------------------------------------------------
-def rows(a: Array) -> tuple[int, int]:
-    """(N, C): an array (..., C) seen as rows."""
-    C = a.shape[-1]
-    return (a.size // C if C else 0), C
-
-
-def ints(a: Array) -> Array:
-    """Indices that checks.py has passed, contiguous and aligned."""
-    return np.require(a, I64, ["C", "A"])
-
-
 def softmax_forward(x: Array) -> Array:
     checks.rows("softmax", x)
     if not float32(x):
@@ -400,44 +292,54 @@ def head_strides(*arrays: Array):
     return ffi.new("int64_t[9]", [stride // 4 for a in arrays for stride in a.strides[:3]])
 
 
-def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
+def at_starts(starts: Array | None):
+    return ffi.NULL if starts is None else at_ints(starts)
+
+
+def attention_forward(
+    q: Array, k: Array, v: Array, starts: Array | None = None, *, scale: float
+) -> tuple[Array, Array]:
     checks.attention("attention", q, k, v)
+    starts = checks.documents("attention", starts, q, k)
     if not float32(q, k, v) or not q.size:
-        return reference.attention_forward(q, k, v, scale=scale)
+        return reference.attention_forward(q, k, v, starts, scale=scale)
     (B, T, H, D), (S, KH) = q.shape, k.shape[1:3]
-    q, k, v = strided(q), strided(k), strided(v)
+    q, k, v, starts = strided(q), strided(k), strided(v), None if starts is None else ints(starts)
     o, lse, threads = empty(B, T, H, D), empty(B, H, T), lib.ent_num_threads
     work = scratch(lib.ent_attention_forward_scratch(threads, B, T, S, H, KH, D))
-    lib.ent_attention_forward(at(o), at(lse), at_strided(q), at_strided(k), at_strided(v), work, threads, scale,
-                              B, T, S, H, KH, D, head_strides(q, k, v))
+    lib.ent_attention_forward(at(o), at(lse), at_strided(q), at_strided(k), at_strided(v), at_starts(starts), work,
+                              threads, scale, B, T, S, H, KH, D, head_strides(q, k, v))
     return o, lse
 
 
 def attention_backward(
-    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, *, scale: float
+    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, starts: Array | None = None, *, scale: float
 ) -> tuple[Array, Array, Array]:
     checks.attention_backward("attention_backward", do, q, k, v, o, lse)
+    starts = checks.documents("attention_backward", starts, q, k)
     if not float32(do, q, k, v, o, lse) or not q.size:
-        return reference.attention_backward(do, q, k, v, o, lse, scale=scale)
+        return reference.attention_backward(do, q, k, v, o, lse, starts, scale=scale)
     (B, T, H, D), (S, KH) = q.shape, k.shape[1:3]
     do, o, lse = floats(do), floats(o), floats(lse)
-    q, k, v = strided(q), strided(k), strided(v)
+    q, k, v, starts = strided(q), strided(k), strided(v), None if starts is None else ints(starts)
     dq, dk, dv = empty(B, T, H, D), empty(B, S, KH, D), empty(B, S, KH, D)
     threads = lib.ent_num_threads
     work = scratch(lib.ent_attention_backward_scratch(threads, B, T, S, H, KH, D))
     lib.ent_attention_backward(at(dq), at(dk), at(dv), at(do), at_strided(q), at_strided(k), at_strided(v), at(o),
-                               at(lse), work, threads, scale, B, T, S, H, KH, D, head_strides(q, k, v))
+                               at(lse), at_starts(starts), work, threads, scale, B, T, S, H, KH, D,
+                               head_strides(q, k, v))
     return dq, dk, dv
 
 
 def linear_cross_entropy(
-    x: Array, w: Array, targets: Array, *, ignore_index: int, scale: float, need_dx: bool, need_dw: bool
+    x: Array, w: Array | Packed, targets: Array, *, ignore_index: int, scale: float, need_dx: bool, need_dw: bool
 ) -> tuple[Array, Array | None, Array | None]:
-    targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index)
-    if not float32(x, w):
+    targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index, need_dw=need_dw)
+    if not float32(x) or not (isinstance(w, Packed) or float32(w)):
         return reference.linear_cross_entropy(
             x, w, targets, ignore_index=ignore_index, scale=scale, need_dx=need_dx, need_dw=need_dw)
-    x, w, targets = floats(x), floats(w), ints(targets)
+    x, w, targets = floats(x), w if isinstance(w, Packed) else floats(w), ints(targets)
+    head = (ffi.NULL, packed(w)) if isinstance(w, Packed) else (at(w), ffi.NULL)
     trained = np.flatnonzero(targets != ignore_index)
     N, C, V = len(trained), x.shape[1], w.shape[0]
 
@@ -449,7 +351,7 @@ def linear_cross_entropy(
         chunk, threads = linear_cross_entropy_chunk(N, V), lib.ent_num_threads
         work = scratch(lib.ent_linear_cross_entropy_scratch(threads, chunk, C, V))
         lib.ent_linear_cross_entropy(
-            at(losses), ffi.NULL if dx is None else at(dx), ffi.NULL if dw is None else at(dw), at(x), at(w),
+            at(losses), ffi.NULL if dx is None else at(dx), ffi.NULL if dw is None else at(dw), at(x), *head,
             at_ints(targets), at_ints(trained), work, threads, scale, N, C, V, chunk)
     return losses, dx, dw
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entrenar import kernels
 from entrenar.llama.model import KVCache, Llama
 from entrenar.tensor import no_grad
 
@@ -171,8 +170,8 @@ def _penalized(z: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray
 
 
 def _last_logits(model: Llama, ids: Sequence[int], cache: KVCache | None) -> np.ndarray:
-    last = model.hidden(np.array([ids]), cache).data[0, -1:]  # (1, C): the head reads one row, not all
-    return kernels.matmul(last, model.head_weight.data.T)[0]
+    last = model.hidden(np.array([ids]), cache)[0, -1:]  # (1, C): the head reads one row, not all
+    return model.logits(last).data[0]
 
 
 def _check_prompt(ids: Sequence[int], vocab_size: int, context: int) -> None:

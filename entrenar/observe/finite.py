@@ -37,7 +37,7 @@ class FiniteWatch:
     """A watcher (tensor.py) that raises NonFinite at the first result, forward or backward, that is not finite."""
 
     def __init__(self, model: Module) -> None:
-        self.names = {id(module): name or "the model" for name, module in _named_modules(model)}
+        self.names = {id(module): name for name, module in model.named_modules()} | {id(model): "the model"}
         self.stack = ["the model"]
         self.layers: dict[int, str] = {}  # an op's number at birth -> the layer it was born in
 
@@ -143,20 +143,14 @@ def _token(found: NonFinite, batch: tuple[int, int]) -> tuple[int, int] | None:
 @no_grad()
 def _worst_token(model: Llama, ids: np.ndarray, targets: np.ndarray) -> tuple[int, int] | None:
     """The first token whose own loss is not finite."""
-    hidden = model.hidden(ids).data
+    hidden = model.hidden(ids)
     for row in range(len(ids)):
         for time in range(ids.shape[1]):
             target = int(targets[row, time])
             if target == IGNORE:
                 continue
-            logits = kernels.matmul(hidden[row, time : time + 1], model.head_weight.data.T)[0].astype(np.float64)
+            logits = model.logits(hidden[row, time : time + 1]).data[0].astype(np.float64)
             loss = logits.max() + np.log(np.exp(logits - logits.max()).sum()) - logits[target]
             if not np.isfinite(loss):
                 return row, time
     return None
-
-
-def _named_modules(module: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
-    yield prefix.rstrip("."), module
-    for name, child in module.children():
-        yield from _named_modules(child, f"{prefix}{name}.")

@@ -1,4 +1,7 @@
-"""Matrix products: matmul, linear (x W^T + b) and embedding (rows of W)."""
+"""Matrix products: matmul, linear (x W^T + b) and embedding (rows of W).
+
+The W of linear and embedding may be a Packed: frozen in a storage format, decoded inside the kernels.
+"""
 
 # I in, O out, V vocabulary, C channels
 
@@ -10,6 +13,7 @@ import numpy as np
 
 from entrenar import kernels
 from entrenar.kernels import checks
+from entrenar.kernels.packed import Packed
 from entrenar.ops.elementwise import operands, tensor, unbroadcast
 from entrenar.ops.shape import reshape
 from entrenar.tensor import Op, Tensor
@@ -42,19 +46,29 @@ class Matmul(Op):
         return da, db
 
 
+def times_transposed(x: np.ndarray, w: np.ndarray | Packed) -> np.ndarray:
+    """x W^T          x (N, I)   W (O, I), floats or packed   -> (N, O)"""
+    return kernels.packed_linear(x, w) if isinstance(w, Packed) else kernels.matmul(x, w.T)
+
+
+def times(dy: np.ndarray, w: np.ndarray | Packed) -> np.ndarray:
+    """dy W          dy (N, O)   W (O, I), floats or packed   -> (N, I)"""
+    return kernels.packed_linear_backward(dy, w) if isinstance(w, Packed) else kernels.matmul(dy, w)
+
+
 class Linear(Op):
     """y = x W^T + b          x (..., I)   W (O, I)   b (O,) or None   y (..., O)"""
 
     def forward(self, x, w, b):
         # A frozen W keeps no input.
         self.save(x if self.needs[1] else None, w if self.needs[0] else None, x.shape)
-        y = kernels.matmul(rows(x), w.T).reshape(*x.shape[:-1], w.shape[0])
+        y = times_transposed(rows(x), w).reshape(*x.shape[:-1], w.shape[0])
         return y if b is None else y + b
 
     def backward(self, dy):
         # dx = dy W, dW = dy^T x and db = sum of dy over all rows
         x, w, x_shape = self.saved
-        dx = kernels.matmul(rows(dy), w).reshape(x_shape) if self.needs[0] else None
+        dx = times(rows(dy), w).reshape(x_shape) if self.needs[0] else None
         dw = kernels.matmul(rows(dy).T, rows(x)) if self.needs[1] else None
         db = rows(dy).sum(axis=0) if self.needs[2] else None
         return dx, dw, db
@@ -65,7 +79,7 @@ class Embedding(Op):
 
     def forward(self, ids, w):
         self.save(ids, w.shape[0])
-        return w[ids]
+        return kernels.unpack_rows(ids, w) if isinstance(w, Packed) else w[ids]
 
     def backward(self, dy):
         # dW[i] = sum of dy over the places where ids is i
@@ -94,12 +108,17 @@ def matmul(a: Any, b: Any) -> Tensor:
     return reshape(c, (*c.shape[: -2 if a.ndim == 1 else -1], *(c.shape[-1:] if b.ndim > 1 else ())))
 
 
+def weight(w: Any) -> Tensor | Packed:
+    """A layer's weight as ops take it."""
+    return w if isinstance(w, Packed) else tensor(w)
+
+
 def linear(x: Any, w: Any, b: Any = None) -> Tensor:
     """x W^T + b          x (..., I)   W (O, I)   b (O,) or None   y (..., O)
 
-    Raises ValueError where the shapes do not fit.
+    W may be a Packed, which gets no gradient. Raises ValueError where the shapes do not fit.
     """
-    x, w = tensor(x), tensor(w)
+    x, w = tensor(x), weight(w)
     b = None if b is None else tensor(b)
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
         raise ValueError(
@@ -114,7 +133,7 @@ def embedding(ids: Any, w: Any) -> Tensor:
 
     Raises TypeError for ids that are not integers, IndexError for one out of range, ValueError for another W.
     """
-    w = tensor(w)
+    w = weight(w)
     if w.ndim != 2:
         raise ValueError(f"embedding: wants w (V, C), got {w.shape}")
     ids = ids.data if isinstance(ids, Tensor) else ids

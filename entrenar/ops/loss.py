@@ -10,7 +10,7 @@ import numpy as np
 
 from entrenar import kernels
 from entrenar.ops.elementwise import tensor
-from entrenar.ops.linear import rows
+from entrenar.ops.linear import rows, weight
 from entrenar.tensor import Op, Tensor
 
 Reduction = Literal["mean", "sum"]
@@ -86,16 +86,16 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(linear(x, w), targets), in the memory of a few rows of logits instead of all.
 
-    x (..., C)   w (V, C)   targets (...) integers   loss ()          Raises as cross_entropy.
+    x (..., C)   w (V, C), a Tensor or a Packed   targets (...) integers   loss ()          Raises as cross_entropy.
     """
-    x, w, targets = tensor(x), tensor(w), _integers(targets)
+    x, w, targets = tensor(x), weight(w), _integers(targets)
     if targets.shape != x.shape[:-1] or not x.ndim or w.ndim != 2 or w.shape[1] != x.shape[-1]:
         raise ValueError(
             "linear_cross_entropy: wants x (..., C), w (V, C) and targets (...), "
             f"got {x.shape}, {w.shape} and {targets.shape}"
         )
-    weight = _weight("linear_cross_entropy", targets, ignore_index, reduction)
-    return LinearCrossEntropy.apply(x, w, targets, ignore_index=ignore_index, weight=weight)
+    share = _weight("linear_cross_entropy", targets, ignore_index, reduction)
+    return LinearCrossEntropy.apply(x, w, targets, ignore_index=ignore_index, weight=share)
 
 
 def _integers(targets: Any) -> np.ndarray:
