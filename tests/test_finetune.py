@@ -270,7 +270,7 @@ def test_rows_without_a_trained_token_are_refused(place, capsys):
 def test_a_single_row_cannot_be_held_out(place, capsys):
     write_rows(place / "chats.jsonl", ROWS[:1])
     assert finetune("run") == 2
-    assert "none to hold out" in capsys.readouterr().err
+    assert "nothing can be held out of 1 rows" in capsys.readouterr().err
 
 
 def test_bad_rows_are_named_by_file_and_line(place, capsys):

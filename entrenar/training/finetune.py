@@ -24,7 +24,7 @@ from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training.adapter import lora_config, trial
 from entrenar.training.base import differences, identity_of
-from entrenar.training.chat_task import ChatTask, name_of, steps_of
+from entrenar.training.chat_task import ChatTask, length_of, name_of
 from entrenar.training.checkpoint import Saved, Write, model_files
 from entrenar.training.display import Display, size
 from entrenar.training.finetune_options import FULL, FineTuning
@@ -44,7 +44,7 @@ def begin(config: FineTuning, run: Path, display: Display, *, force: bool) -> tu
     trial(config, shape)  # what an adapter cannot be, is said before anything takes its time
     make_plan(config, shape).accepted(None, force=force)
     data = examples(config, display)
-    planned = make_plan(config, shape, data, steps=steps_of(config, data)).accepted(display, force=force)
+    planned = make_plan(config, shape, length_of(config, data)).accepted(display, force=force)
     kernels.keep_freed_memory()
     random.seed(config.training.seed)
     display.doing("reading the model")
@@ -67,7 +67,7 @@ def go_on(config: FineTuning, run: Path, saved: Saved, display: Display, *,
             "another run"
         )
     shape = base_shape(config)
-    planned = make_plan(config, shape, data, steps=steps_of(config, data)).accepted(display, force=force)
+    planned = make_plan(config, shape, length_of(config, data)).accepted(display, force=force)
     kernels.keep_freed_memory()
     display.doing("reading the model")
     if config.adapter.kind == FULL:
@@ -101,8 +101,8 @@ def files(config: FineTuning, model: Llama, tokenizer: Tokenizer) -> Write:
 def about(config: FineTuning, model: Llama) -> Iterator[str]:
     """What the lines above the first step say of base and adapter."""
     shape, a = model.config, config.adapter
-    weights: dict[int, Any] = {id(w): w for w in (*(w for _, w in model.named_packed()), *(t.data for _, t in model._named_tensors()))}
-    held = sum(weight.nbytes for weight in weights.values())
+    weights: list[Any] = [w for _, w in model.named_packed()] + [tensor.data for _, tensor in model._named_tensors()]
+    held = sum({id(weight): weight.nbytes for weight in weights}.values())
     stored = f", held as {config.base.storage}" if config.base.storage != "auto" else ""
     yield (
         f"base     {name_of(config.base.model)}: {shape.parameter_count():,} parameters in {shape.num_hidden_layers} "
@@ -170,8 +170,8 @@ def examples(config: FineTuning, display: Display) -> ChatData:
     )
     if not len(data.held_out):
         raise ConfigError(
-            f"data.source: {d.source!r} has {data.facts.train_examples:,} row to train on and none to hold out: give "
-            "at least two, or a folder with train.jsonl and valid.jsonl"
+            f"data.source: {d.source!r}: nothing can be held out of {data.facts.train_examples:,} rows (equal ones "
+            "stay together): give at least two that differ, or a folder with train.jsonl and valid.jsonl"
         )
     for note in data.facts.notes:
         display.note(note)
