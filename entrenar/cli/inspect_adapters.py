@@ -80,7 +80,7 @@ def misfits(folder: Path, base: Path) -> list[str]:
     except FormatError:
         return []  # a base that is another kind of folder: what is there of the adapter is shown all the same
     try:
-        wanted = shapes(model, plan(model, read_adapter_config(folder), every_pattern=False))
+        wanted = shapes(model, plan(model, read_adapter_config(folder), strict=False))
     except ValueError as error:
         return [f"does not fit {base}: {' '.join(str(error).split())}"]
     with SafeTensors(folder / WEIGHTS) as file:
