@@ -147,6 +147,20 @@ def test_weights_are_held_as_asked_for_and_by_a_run_as_it_held_them(made, tmp_pa
     assert (asked, held, other) == ({"q8_0"}, {"nf4"}, {"bfloat16"})
 
 
+def test_a_checkpoint_that_says_nonsense_of_its_base_is_read_as_far_as_it_makes_sense(made, tmp_path):
+    folder = shutil.copytree(made / "run" / "step-000004", tmp_path / "x")
+    (folder / "SHA256SUMS").unlink()
+    nonsense = {"base": {"storage": ["nf4"]}, "data": {"max_length": "x"}}
+    for state in ({"config": {"base": {"storage": "nf9"}}}, {"config": {"base": 3}, "base": ["x"]},
+                  {"base": {"folder": 1}}, {"config": nonsense}):  # fmt: skip
+        (folder / "state.json").write_text(json.dumps(state))
+        opened = open_model(folder)
+        assert not list(opened.model.named_packed()) and opened.context == 256
+    (folder / "state.json").write_text(json.dumps({"base": {"folder": "~nobody-of-this-name/x"}}))
+    with pytest.raises(FormatError, match="is an adapter for ~nobody-of-this-name/x, which is not there"):
+        open_model(folder)
+
+
 def test_every_way_to_hold_weights_can_be_asked_for():
     assert sorted(STORAGES) == sorted(llama_packed.STORAGES)
 

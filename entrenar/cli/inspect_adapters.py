@@ -107,6 +107,8 @@ def four_bits(file: SafeTensors) -> dict[str, tuple[Weight, set[str]]]:
             shape = bitsandbytes.shape_of(name, {each: file[each] for each in names}, str(file.path))
         except FormatError:
             continue  # its parts are shown one by one
+        if file.entries[name].nbytes != -(-shape[0] * shape[1] // 2):
+            continue
         kind = next(part for part in parts if part.startswith(bitsandbytes.STATE)).removeprefix(bitsandbytes.STATE)
         nbytes = sum(file.entries[each].nbytes for each in (name, *names))
         weight = Weight(name, shape, kind.upper(), nbytes, decoded(file, name, (name, *sorted(names)), shape))
