@@ -260,3 +260,16 @@ def test_eval_says_whose_numbers_they_are(made, tmp_path, capsys):
     assert [line.split()[0] for line in lines] == ["adapter=off", "adapter=run"]
     code, _, err = command(capsys, "eval", made / "run", "--adapter", "off", "--adapter", "run", "-")
     assert code == 2 and "standard input can be read once only" in err
+
+
+def test_what_is_stored_in_bfloat16_is_used_so_and_says_the_same(made, tmp_path, capsys):
+    """In half the memory; the weights are the same numbers."""
+    assert cli.main(["quantize", str(made / "base"), "--to", "bfloat16", "--out", str(tmp_path / "half")]) == 0
+    (tmp_path / "a.txt").write_text("some text to predict")
+    capsys.readouterr()
+    losses = [
+        json.loads(command(capsys, "eval", tmp_path / "half", tmp_path / "a.txt", "--json", *words)[1])["loss"]
+        for words in ((), ("--storage", "stored"), ("--storage", "float32"))
+    ]
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-5)
+    assert {m.kind for _, m in open_model(tmp_path / "half", usual="stored").model.named_packed()} == {"bfloat16"}
