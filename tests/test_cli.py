@@ -16,7 +16,7 @@ from entrenar import cli
 from entrenar.cli import completion, main
 from entrenar.cli.configuration import take_overrides
 from entrenar.cli.parser import CommandLineError, Parser, leaves, nearest, verb_parser
-from entrenar.training.config import options
+from entrenar.training.config import Config, options
 
 
 def errors(capsys, *words):
@@ -101,7 +101,7 @@ def test_help_of_a_verb_can_be_asked_for_in_two_ways(capsys):
 def test_help_options_lists_every_option_of_the_configuration(capsys):
     assert main(["train", "--help-options"]) == 0
     text = capsys.readouterr().out
-    assert all(f"--{option.full_name} " in text for option in options())
+    assert all(f"--{option.full_name} " in text for option in options(Config))
 
 
 def test_no_words_at_all_are_answered_with_the_help_and_exit_code_2(capsys):
@@ -425,7 +425,7 @@ def test_bash_completes_verbs_options_choices_and_files(scripts, tmp_path, words
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_every_shells_script_knows_every_verb_and_option(scripts, shell):
     text = scripts[shell]
-    for name in (*cli.VERBS, *(option.full_name for option in options())):
+    for name in (*cli.VERBS, *(option.full_name for option in options(Config))):
         assert name in text, name
 
 
@@ -433,4 +433,4 @@ def test_every_option_a_verb_takes_is_known_to_the_whole_parser():
     verbs = next(a for a in completion.whole_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     assert list(verbs) == list(cli.VERBS)
     known = {name for leaf in leaves(verbs["train"]) for action in leaf._actions for name in action.option_strings}
-    assert {f"--{option.full_name}" for option in options()} | {"--out", "--budget", "--plan"} <= known
+    assert {f"--{option.full_name}" for option in options(Config)} | {"--out", "--budget", "--plan"} <= known

@@ -182,7 +182,8 @@ def kill_often(kills: int, seed: int) -> int:
     rng, hit = random.Random(seed), 0
     one = process("finetune", "--out", "run", *words(training__steps=60, checkpointing__every=1))
     while hit < kills:
-        while one.poll() is None and not (list(Path("run").glob(".step-*")) if hit % 2 else Path("run/config.toml").exists()):
+        there = (lambda: list(Path("run").glob(".step-*"))) if hit % 2 else Path("run/config.toml").exists
+        while one.poll() is None and not there():
             time.sleep(0.0005)
         time.sleep(0 if hit % 2 else rng.uniform(0, 0.25))
         one.kill()
@@ -245,7 +246,7 @@ def test_two_runs_have_the_same_bits_and_another_seed_has_others(capsys):
         ({"base__model": "nowhere"}, "nowhere: there is no such folder"),
         ({"base__model": "."}, ".: has no config.json; wanted a folder with a model"),
         ({"data__source": "nothing.jsonl"}, "'nothing.jsonl' does not exist"),
-        ({"adapter__r": 33}, "[adapter] r = 33 for model.layers.0.self_attn.q_proj, which is 32 x 32: wanted at most 32"),
+        ({"adapter__r": 33}, "r = 33 for model.layers.0.self_attn.q_proj, which is 32 x 32: wanted at most 32"),
         ({"adapter__targets": "q_prj"}, "q_proj"),
         ({"data__max_length": 512}, "data.max_length = 512: the model in base has positions for 128"),
         ({"adapter__kind": "full", "base__storage": "nf4"}, "weights that are trained are float32"),
