@@ -32,16 +32,26 @@ from entrenar.llama import Llama, LlamaConfig, generate
 from entrenar.nn import Embedding, Linear
 from entrenar.optim import AdamW
 
-SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
+SHAPE = dict(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
 IDS = np.random.default_rng(0).integers(0, 61, (2, 9))
 KINDS = {
     "lora": dict(r=3, target_modules="all-linear"),
     "rslora, dropout": dict(r=3, use_rslora=True, lora_dropout=0.2, target_modules=["q_proj", "down_proj"]),
     "dora": dict(r=3, use_dora=True, target_modules=["v_proj", "gate_proj"], lora_dropout=0.1),
-    "everything": dict(r=2, target_modules=["q_proj", "embed_tokens", "lm_head"], modules_to_save=["norm"], use_dora=True),
+    "everything": dict(
+        r=2, target_modules=["q_proj", "embed_tokens", "lm_head"], modules_to_save=["norm"], use_dora=True
+    ),
     "copies": dict(r=2, modules_to_save=["lm_head", "embed_tokens"]),
-}  # fmt: skip
+}
 every_kind = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
 
 
@@ -95,9 +105,13 @@ def test_exactly_the_adapter_s_tensors_are_trained(fields):
 def test_names_are_peft_s():
     model = trained(KINDS["everything"], name="mine")
     names = [name for name, _ in model.named_parameters()]
-    for name in ("model.embed_tokens.lora_embedding_A.mine", "model.layers.0.self_attn.q_proj.lora_A.mine.weight",
-                 "model.layers.1.self_attn.q_proj.lora_magnitude_vector.mine.weight", "lm_head.lora_B.mine.weight",
-                 "model.norm.modules_to_save.mine.weight"):  # fmt: skip
+    for name in (
+        "model.embed_tokens.lora_embedding_A.mine",
+        "model.layers.0.self_attn.q_proj.lora_A.mine.weight",
+        "model.layers.1.self_attn.q_proj.lora_magnitude_vector.mine.weight",
+        "lm_head.lora_B.mine.weight",
+        "model.norm.modules_to_save.mine.weight",
+    ):
         assert name in names
     assert "model.layers.0.self_attn.q_proj.base_layer.weight" in model.state_dict()
 
@@ -108,7 +122,9 @@ def test_a_new_adapter_changes_nothing(fields):
     before = model(IDS).data
     adapt(model, LoraConfig(**fields))
     model.eval()
-    far = 0 if not fields.get("use_dora") else 64 * np.finfo(np.float32).eps * np.abs(before).max()  # m / ||W|| is not 1
+    far = (
+        0 if not fields.get("use_dora") else 64 * np.finfo(np.float32).eps * np.abs(before).max()
+    )  # m / ||W|| is not 1
     np.testing.assert_allclose(model(IDS).data, before, atol=far, rtol=0)
 
 
@@ -137,8 +153,11 @@ def test_nothing_is_kept_for_the_base(dora):
     layer = LoRALinear(Linear(32, 48))
     layer.freeze()
     adapted_by = dict(r=2, scale=1.0, dora=dora)
-    values = {"lora_A.weight": rng.normal(size=(2, 32)), "lora_B.weight": rng.normal(size=(48, 2)),
-              "lora_magnitude_vector": rng.normal(size=48)}  # fmt: skip
+    values = {
+        "lora_A.weight": rng.normal(size=(2, 32)),
+        "lora_B.weight": rng.normal(size=(48, 2)),
+        "lora_magnitude_vector": rng.normal(size=48),
+    }
     from entrenar.adapters.layers import Settings
 
     layer.add("a", {key: x.astype(np.float32) for key, x in values.items()}, Settings(**adapted_by))
@@ -186,7 +205,10 @@ def test_counts():
     total = model.config.parameter_count()
     adapt(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert count(model).trainable == 2 * 2 * (24 + 24) and count(model).total == total + count(model).trainable
-    assert str(count(model)) == f"192 of {total + 192:,} weights are trained, {100 * (1 - 192 / (total + 192)):.3f} % fewer"
+    assert (
+        str(count(model))
+        == f"192 of {total + 192:,} weights are trained, {100 * (1 - 192 / (total + 192)):.3f} % fewer"
+    )
     use_adapter(model, None)
     assert count(model).trainable == 0
     assert count(in_bfloat16(llama())).total == total, "packed weights count as many as they are"
@@ -322,8 +344,13 @@ def test_dropout_is_on_in_training_alone():
     assert not any(layer.training for _, layer in adapted(model))
 
 
-@pytest.mark.parametrize("fields", [dict(r=4, lora_dropout=0.5, target_modules="all-linear"),
-                                    dict(r=4, lora_dropout=0.5, target_modules=["lm_head", "q_proj"], use_dora=True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(r=4, lora_dropout=0.5, target_modules="all-linear"),
+        dict(r=4, lora_dropout=0.5, target_modules=["lm_head", "q_proj"], use_dora=True),
+    ],
+)
 def test_checkpointing_replays_the_same_dropout(fields):
     found = []
     for checkpointing in (False, True):
@@ -403,7 +430,11 @@ def test_everything_wrong_with_the_tensors_is_said_at_once(tmp_path):
     safetensors.save(file, arrays, {"format": "pt"})
     with pytest.raises(FormatError) as error:
         load_adapter(llama(), tmp_path / "a")
-    for word in (f"missing {names[0]} ", f"{names[1]} has shape", "unexpected 'base_model.model.lm_head.lora_A.weight'"):
+    for word in (
+        f"missing {names[0]} ",
+        f"{names[1]} has shape",
+        "unexpected 'base_model.model.lm_head.lora_A.weight'",
+    ):
         assert word in str(error.value)
 
 

@@ -14,7 +14,7 @@ from entrenar.gradcheck import GradcheckError
 from entrenar.kernels.packed import Nested, Packed
 from entrenar.nn import Embedding, Linear
 from entrenar.ops.low_rank import row_squares, update_norm
-from entrenar.tensor import recorded
+from entrenar.tensor import no_grad, recorded
 
 RNG = np.random.default_rng(4)
 
@@ -23,7 +23,9 @@ def packed(kind, rows, columns):
     n = rows * columns
     scales = RNG.uniform(0.1, 0.5, -(-n // 64)).astype(np.float32)
     if kind == "bfloat16":
-        return Packed(kind, (rows, columns), (RNG.normal(size=n).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+        return Packed(
+            kind, (rows, columns), (RNG.normal(size=n).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        )
     if kind == "q8_0":
         return Packed(kind, (rows, columns), RNG.integers(-127, 128, n).astype(np.int8), scales / 64)
     codes = RNG.integers(0, 256, -(-n // 2)).astype(np.uint8)
@@ -37,9 +39,14 @@ def packed(kind, rows, columns):
 def layer_of(base, rows, columns, *, dora, dropout=0.0, dtype=np.float64):
     """A layer of a frozen base (O, I) with an adapter of rank 3, and its tensors, all trained."""
     layer = LoRALinear(Linear(columns, rows))
-    layer.base_layer.weight = Tensor(RNG.normal(size=(rows, columns)).astype(dtype)) if base == "float" else packed(base, rows, columns)  # noqa: E501
-    values = {"lora_A.weight": RNG.normal(size=(3, columns)), "lora_B.weight": RNG.normal(size=(rows, 3)),
-              "lora_magnitude_vector": RNG.uniform(0.5, 2, rows)}  # fmt: skip
+    layer.base_layer.weight = (
+        Tensor(RNG.normal(size=(rows, columns)).astype(dtype)) if base == "float" else packed(base, rows, columns)
+    )
+    values = {
+        "lora_A.weight": RNG.normal(size=(3, columns)),
+        "lora_B.weight": RNG.normal(size=(rows, 3)),
+        "lora_magnitude_vector": RNG.uniform(0.5, 2, rows),
+    }
     layer.add("a", {key: x.astype(dtype) for key, x in values.items()}, Settings(3, 0.8, dropout, dora))
     layer.freeze()
     layer.active = "a"
@@ -52,7 +59,8 @@ def hold_norms(layers):
     """DoRA's norm is a constant of the gradient; to see the same, finite differences need one that stays."""
     for layer in layers:
         for name in layer.lora_magnitude_vector:
-            layer.norm = lambda name, fixed=layer.norm(name): fixed
+            fixed = layer.norm(name)
+            layer.norm = lambda name, fixed=fixed: fixed
 
 
 BASES = ["float", "nf4", "nested", "fp4", "q8_0", "bfloat16"]
@@ -88,8 +96,11 @@ def test_every_gradient_of_an_adapted_layer_through_the_float32_kernels(base, do
 def test_every_gradient_of_an_adapted_embedding(base, dora):
     layer = LoRAEmbedding(Embedding(20, 8))
     layer.base_layer.weight = Tensor(RNG.normal(size=(20, 8))) if base == "float" else packed(base, 20, 8)
-    values = {"lora_embedding_A": RNG.normal(size=(3, 20)), "lora_embedding_B": RNG.normal(size=(8, 3)),
-              "lora_magnitude_vector": RNG.uniform(0.5, 2, 8)}  # fmt: skip
+    values = {
+        "lora_embedding_A": RNG.normal(size=(3, 20)),
+        "lora_embedding_B": RNG.normal(size=(8, 3)),
+        "lora_magnitude_vector": RNG.uniform(0.5, 2, 8),
+    }
     layer.add("a", values, Settings(3, 0.8, 0.0, dora))
     layer.active = "a"
     tensors = [tensor for _, tensor in layer.tensors("a")]
@@ -103,10 +114,15 @@ ADAPTERS = {
     "lora": dict(r=2, target_modules="all-linear"),
     "dora": dict(r=2, target_modules=["k_proj", "down_proj"], use_dora=True),
     "dropout": dict(r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.3, use_rslora=True),
-    "all there is": dict(r=2, target_modules=["v_proj", "embed_tokens", "lm_head"], modules_to_save=["norm"],
-                         use_dora=True, lora_dropout=0.2),
+    "all there is": dict(
+        r=2,
+        target_modules=["v_proj", "embed_tokens", "lm_head"],
+        modules_to_save=["norm"],
+        use_dora=True,
+        lora_dropout=0.2,
+    ),
     "copies": dict(r=2, modules_to_save=["lm_head", "embed_tokens"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
@@ -186,3 +202,30 @@ def test_a_row_of_zeros_stays_zero():
     model.model.layers[0].self_attn.q_proj.weight.data[3] = 0
     adapt(model, LoraConfig(use_dora=True))
     assert np.isfinite(model(IDS).data).all()
+
+
+def test_the_norm_is_kept_while_nothing_changes():
+    layer, (a, *_) = layer_of("nf4", 10, 12, dora=True, dtype=np.float32)
+    asked = []
+    x = Tensor(np.ones((1, 12), np.float32))
+
+    def norms_made(forward):
+        asked.clear()
+        forward()
+        return len(asked)
+
+    from entrenar.adapters import layers
+
+    made = layers.base_norm
+    try:
+        layers.base_norm = lambda *args: asked.append(1) or made(*args)
+        with no_grad():
+            first = layer(x).data
+            assert norms_made(lambda: layer(x)) == 0
+            a.data[0, 0] += 1
+            assert norms_made(lambda: layer(x)) == 1 and (layer(x).data != first).any()
+        assert norms_made(lambda: [layer(x), layer(x)]) == 0, "still the same weights"
+        a.data[0, 0] += 1
+        assert norms_made(lambda: [layer(x), layer(x)]) == 2 and not layer._norms, "nothing is kept in training"
+    finally:
+        layers.base_norm = made

@@ -16,7 +16,7 @@ from entrenar import cli
 from entrenar.cli import completion, main
 from entrenar.cli.configuration import take_overrides
 from entrenar.cli.parser import CommandLineError, Parser, leaves, nearest, verb_parser
-from entrenar.training.config import Config, options
+from entrenar.training.config import Config, FineTuning, options
 
 
 def errors(capsys, *words):
@@ -55,7 +55,8 @@ def test_help_names_every_verb_in_order_and_the_exit_codes(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert re.findall(r"^  (\w+) {2,}\w", text, re.M) == [
-        "train", "resume", "plan", "generate", "eval", "data", "inspect", "export", "doctor", "completion",
+        "train", "finetune", "resume", "plan", "generate", "chat", "eval", "data", "inspect", "merge", "quantize",
+        "export", "doctor", "completion",
     ]  # fmt: skip
     for code in ("0", "1", "2", "130", "143", "141"):
         assert re.search(rf"\b{code}\b", text)
@@ -162,6 +163,10 @@ def test_the_documentation_shows_the_help_as_it_is_and_has_every_verb():
         (["plan", "a.toml", "--config", "b.toml"], "one configuration is wanted"),
         (["completion", "bsh"], "bsh: wanted one of bash, zsh, fish; did you mean bash?"),
         (["inspect", "nowhere"], "nowhere: there is no such file or folder"),
+        (["chta", "model"], "chta: no such command; did you mean chat?"),
+        (["chat"], "required: MODEL"),
+        (["merge", "a", "b"], "required: --out"),
+        (["merge", "nowhere", "--out", "m"], "nowhere: does not exist"),
     ],
 )
 def test_words_that_cannot_be_read_are_answered_in_one_line(capsys, tmp_path, monkeypatch, words, message):
@@ -410,6 +415,12 @@ def complete(scripts, folder, *words):
         (["resume", "--data"], []),
         (["inspect", "no"], ["notes"]),
         (["generate", "notes", "--temp"], ["--temperature"]),
+        (["generate", "notes", "--min"], ["--min-p"]),
+        (["chat", "notes", "--storage", "nf"], ["nf4"]),
+        (["chat", "no"], ["notes"]),
+        (["merge", "notes", "--da"], ["--data"]),
+        (["quantize", "notes", "--to", "b"], ["bfloat16"]),
+        (["export", "notes", "--to", "gguf-"], ["gguf-lora"]),
         (["data", "sh"], ["show"]),
         (["data", "show", "--data.sou"], ["--data.source"]),
         (["completion", ""], ["bash", "zsh", "fish"]),
@@ -425,7 +436,7 @@ def test_bash_completes_verbs_options_choices_and_files(scripts, tmp_path, words
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_every_shells_script_knows_every_verb_and_option(scripts, shell):
     text = scripts[shell]
-    for name in (*cli.VERBS, *(option.full_name for option in options(Config))):
+    for name in (*cli.VERBS, *(option.full_name for kind in (Config, FineTuning) for option in options(kind))):
         assert name in text, name
 
 

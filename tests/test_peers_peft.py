@@ -14,16 +14,34 @@ transformers = pytest.importorskip("transformers", reason="make test-peers insta
 peft = pytest.importorskip("peft", reason="make test-peers installs PEFT")
 
 from entrenar import random  # noqa: E402
-from entrenar.adapters import LoraConfig, adapt, adapter_tensors, load_adapter, save_adapter, use_adapter  # noqa: E402
+from entrenar.adapters import (  # noqa: E402
+    LoraConfig,
+    adapt,
+    adapter_tensors,
+    load_adapter,
+    merge_adapter,
+    merged,
+    save_adapter,
+    use_adapter,
+)
 from entrenar.adapters.matching import plan  # noqa: E402
+from entrenar.convert.gguf_adapter import export_gguf_adapter  # noqa: E402
 from entrenar.kernels.packed import Nested, Packed  # noqa: E402
 from entrenar.llama import Llama, LlamaConfig  # noqa: E402
 from entrenar.optim import AdamW  # noqa: E402
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
-SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.15)  # fmt: skip
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.15,
+)
 IDS = np.random.default_rng(0).integers(0, 97, (2, 17))
 QUIET = dict(init_lora_weights=False)  # B is not zero, so that everything shows
 
@@ -33,8 +51,11 @@ CONFIGS = {
     "dora": dict(r=4, use_dora=True, target_modules=["q_proj", "o_proj", "up_proj"]),
     "regex": dict(target_modules=r".*\.(1|2)\..*(q_proj|gate_proj)"),
     "all-linear": dict(target_modules="all-linear", r=2),
-    "patterns": dict(target_modules=["q_proj", "k_proj", "down_proj"], rank_pattern={r"layers\.1\..*": 5, "q_proj": 3},
-                     alpha_pattern={"^model.layers.2.mlp.down_proj": 32, "k_proj": 1}),
+    "patterns": dict(
+        target_modules=["q_proj", "k_proj", "down_proj"],
+        rank_pattern={r"layers\.1\..*": 5, "q_proj": 3},
+        alpha_pattern={"^model.layers.2.mlp.down_proj": 32, "k_proj": 1},
+    ),
     "layers": dict(target_modules=["v_proj", "up_proj"], layers_to_transform=[0, 2], layers_pattern="layers"),
     "one layer": dict(target_modules=["v_proj"], layers_to_transform=1),
     "excluded": dict(target_modules="all-linear", exclude_modules=r".*\.1\..*|.*down_proj"),
@@ -46,7 +67,7 @@ CONFIGS = {
     "dora embeddings": dict(target_modules=["embed_tokens", "q_proj"], use_dora=True, use_rslora=True),
     "head": dict(target_modules=["lm_head", "v_proj"]),
     "whole names": dict(target_modules=["model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]),
-}  # fmt: skip
+}
 
 
 def models(dtype="float32", **changes):
@@ -108,7 +129,7 @@ MORE_MATCHING = {
     "excluded by empty list": dict(target_modules=["q_proj"], exclude_modules=[]),
     "saved inside": dict(target_modules="all-linear", modules_to_save=["0.mlp.up_proj"]),
     "two patterns of layers": dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["h", "layers"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fields", (CONFIGS | MORE_MATCHING).values(), ids=(CONFIGS | MORE_MATCHING).keys())
@@ -119,7 +140,7 @@ def test_the_same_modules_are_matched(fields):
         with pytest.raises(ValueError):
             plan(models()[1], LoraConfig(**fields))
         return
-    found = plan(models()[1], LoraConfig(**fields), every_pattern=False)
+    found = plan(models()[1], LoraConfig(**fields), strict=False)
     assert ({name: (s.r, s.scale) for name, s in found.low_rank.items()}, sorted(found.whole)) == wanted
 
 
@@ -177,7 +198,9 @@ def test_what_we_wrote_is_what_peft_writes(tmp_path):
     }
     a, b = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours"))
     a["target_modules"].sort()
-    assert b.items() <= a.items(), {key: (value, a.get(key, "?")) for key, value in b.items() if a.get(key, "?") != value}
+    assert b.items() <= a.items(), {
+        key: (value, a.get(key, "?")) for key, value in b.items() if a.get(key, "?") != value
+    }
 
 
 def test_the_order_of_patterns_stays(tmp_path):
@@ -214,7 +237,9 @@ def test_half_precision_adapters_and_other_names_are_read(name, tmp_path):
     assert_equal_logits(ours, wanted)
 
 
-@pytest.mark.parametrize("fields", [dict(target_modules=["embed_tokens", "q_proj"]), dict(modules_to_save=["embed_tokens"])])
+@pytest.mark.parametrize(
+    "fields", [dict(target_modules=["embed_tokens", "q_proj"]), dict(modules_to_save=["embed_tokens"])]
+)
 def test_tied_embeddings_are_peft_s_too(fields, tmp_path):
     theirs, ours = models(tie_word_embeddings=True)
     theirs = with_peft(theirs, fields, **QUIET)
@@ -262,8 +287,10 @@ def one_step(theirs, ours, tolerance):
         np.testing.assert_allclose(p.data, wanted.detach().numpy(), atol=step, rtol=0, err_msg=name)
 
 
-STEPS = {name: CONFIGS[name] for name in ("rslora", "dora", "all-linear", "modules_to_save", "embeddings",
-                                          "dora embeddings", "head")}  # fmt: skip
+STEPS = {
+    name: CONFIGS[name]
+    for name in ("rslora", "dora", "all-linear", "modules_to_save", "embeddings", "dora embeddings", "head")
+}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -280,6 +307,32 @@ def test_one_step_of_training_equals_peft(fields, dtype, tolerance, checkpointin
     one_step(theirs, ours, tolerance)
 
 
+@pytest.mark.parametrize("fields", [dict(target_modules="all-linear"), dict(target_modules=["q_proj"], use_dora=True)])
+def test_dropout_goes_where_peft_has_it(fields, tmp_path, monkeypatch):
+    """With the same mask in both, which depends on the shape alone."""
+
+    def mask(shape):
+        return (np.random.default_rng(2).random(shape) >= 0.3) / np.float64(0.7)
+
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.from_numpy(mask(tuple(x.shape)))
+
+    theirs, ours = models("float64")
+    theirs = with_peft(theirs, fields | dict(lora_dropout=0.3), **QUIET)
+    for p in theirs.parameters():
+        p.data = p.data.to(torch.float64)
+    theirs.save_pretrained(tmp_path)
+    for module in theirs.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.lora_dropout["default"] = Masked()
+    monkeypatch.setattr("entrenar.ops.dropout", lambda x, p: x * mask(x.shape))
+    load_adapter(ours, tmp_path, trainable=True)
+    one_step(theirs.train(), ours, 2e-6)
+    plain = ours.eval().loss(IDS[:, :-1], TARGETS).item()
+    assert plain != pytest.approx(ours.train().loss(IDS[:, :-1], TARGETS).item(), rel=1e-3), "the control"
+
+
 def quantized(theirs, ours, quant_type, nested):
     """Every linear layer but the head as bitsandbytes' Linear4bit in one, as the same bytes in the other."""
     bnb = pytest.importorskip("bitsandbytes")
@@ -287,12 +340,21 @@ def quantized(theirs, ours, quant_type, nested):
     for name, module in list(theirs.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
-        made = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32,
-                                 quant_type=quant_type, compress_statistics=nested)  # fmt: skip
-        made.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type=quant_type,
-                                        compress_statistics=nested)  # fmt: skip
+        made = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=torch.float32,
+            quant_type=quant_type,
+            compress_statistics=nested,
+        )
+        made.weight = bnb.nn.Params4bit(
+            module.weight.data, requires_grad=False, quant_type=quant_type, compress_statistics=nested
+        )
         made = made.to("cpu")
-        made.support_avx512bf16_for_cpu = False  # or it repacks, and loses digits of the scales, when no gradient is asked
+        made.support_avx512bf16_for_cpu = (
+            False  # or it repacks, and loses digits of the scales, when no gradient is asked
+        )
         parent, _, last = name.rpartition(".")
         setattr(theirs.get_submodule(parent), last, made)
         modules[name].weight = packed(made.weight, quant_type)
@@ -308,7 +370,9 @@ def packed(weight, quant_type):
     return Packed(quant_type, tuple(state.shape), weight.data.numpy().reshape(-1).copy(), scales, state.blocksize)
 
 
-@pytest.mark.parametrize("fields", [CONFIGS["all-linear"], CONFIGS["dora"], CONFIGS["rslora"]], ids=["all", "dora", "rs"])
+@pytest.mark.parametrize(
+    "fields", [CONFIGS["all-linear"], CONFIGS["dora"], CONFIGS["rslora"]], ids=["all", "dora", "rs"]
+)
 @pytest.mark.parametrize("quant_type, nested", [("nf4", True), ("nf4", False), ("fp4", True)])
 def test_one_step_of_qlora_equals_peft_with_bitsandbytes(fields, quant_type, nested, tmp_path):
     theirs, ours = models()
@@ -317,3 +381,51 @@ def test_one_step_of_qlora_equals_peft_with_bitsandbytes(fields, quant_type, nes
     theirs.save_pretrained(tmp_path)
     load_adapter(ours, tmp_path, trainable=True)
     one_step(theirs, ours, 1e-4)
+
+
+# -- merging
+
+
+@pytest.mark.parametrize("fields", STEPS.values(), ids=STEPS.keys())
+def test_the_merged_model_is_the_one_peft_merges(fields, tmp_path):
+    theirs, ours = models()
+    theirs = with_peft(theirs, fields, **QUIET)
+    theirs.save_pretrained(tmp_path / "adapter")
+    load_adapter(ours, tmp_path / "adapter")
+    wanted = {name: p.detach().numpy() for name, p in theirs.merge_and_unload().named_parameters()}
+    found = dict(merged(ours))
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-6 * np.abs(array).max(), rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "fields", [dict(target_modules="all-linear"), dict(target_modules=["embed_tokens"], use_dora=True)]
+)
+def test_transformers_loads_the_merged_model(fields, tied, tmp_path):
+    theirs, ours = models(tie_word_embeddings=tied)
+    theirs = with_peft(theirs, fields, **QUIET)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge_adapter(ours, tmp_path / "adapter", tmp_path / "merged", held_out=IDS)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    wanted = logits(theirs)
+    np.testing.assert_allclose(logits(plain), wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+
+
+def test_the_gguf_package_reads_an_adapter(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    _, ours = models()
+    adapt(ours, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens"], **QUIET))
+    reader = gguf.GGUFReader(export_gguf_adapter(ours, tmp_path / "a.gguf"))
+    keys = gguf.Keys
+    assert reader.get_field(keys.General.TYPE).contents() == gguf.GGUFType.ADAPTER
+    assert reader.get_field(keys.Adapter.TYPE).contents() == "lora"
+    assert reader.get_field(keys.Adapter.LORA_ALPHA).contents() == 6
+    assert reader.get_field(keys.General.ARCHITECTURE).contents() == "llama"
+    found = {tensor.name: tensor.data.shape for tensor in reader.tensors}
+    layers = {f"blk.{i}.attn_q.weight.lora_{x}": (4, 64) if x == "a" else (64, 4) for i in range(3) for x in "ab"}
+    assert found == layers | {"token_embd.weight.lora_a": (97, 4), "token_embd.weight.lora_b": (64, 4)}
+    bases = {name.rpartition(".weight.")[0] for name in found}
+    known = {name.format(bid=i) for name in gguf.TENSOR_NAMES.values() for i in range(3)}
+    assert bases <= known

@@ -1,7 +1,9 @@
 """Weights into storage formats and back: bitsandbytes' bits, the half step for every value, bitsandbytes' layout."""
 
 import json
+import re
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -147,6 +149,21 @@ def test_the_mean_error_of_a_normal_distribution_is_the_known_one(kind, error):
     assert abs(mean - error) < 0.00015
 
 
+def test_the_table_in_the_docs_is_what_is_measured():
+    """Every figure, to its last digit (one more or less: another seed)."""
+    page = (Path(__file__).parent.parent / "docs/quantization.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`(, plain scales)? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) % \|", page, re.M)
+    assert len(rows) == 5
+    x, w = normal(256, 2048, seed=1), normal(2048, 2048)
+    for kind, plain, *figures in rows:
+        packed = quantize(w, kind, double_quant=not plain)
+        off = np.abs(kernels.unpack(packed) - w)
+        measured = packed.nbytes / packed.size, off.mean(), off.max(), 100 * output_error(x, w, packed)
+        for figure, value in zip(figures, measured, strict=True):
+            digit = 10.0 ** -len(figure.partition(".")[2])
+            assert abs(float(figure) - value) < 1.01 * digit, (kind, plain, figure, value)
+
+
 def test_a_layers_output_error_is_that_of_its_weights():
     """Of independent weights: the error of a sum of K terms is, relative to the sum, what the terms' is."""
     x, w = normal(64, 1024, seed=1), normal(512, 1024, scale=0.02)
@@ -200,6 +217,9 @@ def test_what_a_kind_cannot_hold_is_refused():
     with pytest.raises(QuantizeError, match=r"has 3.4e\+38; bfloat16 ends at"):
         quantize(np.full((1, 4), 3.4e38, F32), "bfloat16")
     quantize(np.full((1, 4), 3.4e38, F32), "nf4")
+    with pytest.raises(QuantizeError, match=r"w: 2 scales up to 3.4e\+38 add up to more than float32 holds; double_"):
+        quantize(np.full((2, 64), 3.4e38, F32), "nf4", name="w")
+    quantize(np.full((2, 64), 3.4e38, F32), "nf4", double_quant=False)
 
 
 @pytest.mark.parametrize("w, kind, settings, message", [

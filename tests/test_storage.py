@@ -9,16 +9,20 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+import runs
 from conftest import SAME_PACKAGE
 from test_pretrained import IDS, change_json, change_weights, refusal, small
 
 from entrenar import Tensor, kernels, nn, random
+from entrenar.convert.gguf import export_gguf
+from entrenar.convert.llama2c import export_llama2c
 from entrenar.formats import FormatError, safetensors
+from entrenar.formats.gguf import GGUF
 from entrenar.formats.safetensors import SafeTensors
 from entrenar.kernels.packed import Nested, Packed
 from entrenar.llama import Llama, LlamaConfig, generate
 from entrenar.llama import pretrained as folders
-from entrenar.llama.packed import LAYER
+from entrenar.llama.packed import LAYER, Floats
 from entrenar.llama.quantizing import quantize_folder
 from entrenar.quant import QuantizeError, quantize
 
@@ -213,7 +217,7 @@ def test_a_folder_that_is_quantized_is_not_quantized_otherwise(quantized):
 def test_wrong_parts_of_a_quantized_folder_are_named(quantized):
     name = "model.layers.0.mlp.up_proj.weight"
     change_weights(quantized, **{f"{name}.absmax": np.zeros(3, np.uint8)})
-    assert f"quantized: {name}: as bitsandbytes stores it: absmax is uint8 (3,), wanted uint8 (4,)" in refusal(quantized)
+    assert f"{name}: as bitsandbytes stores it: absmax is uint8 (3,), wanted uint8 (4,)" in refusal(quantized)
     change_weights(quantized, **{f"{name}.absmax": None})
     assert f"{name}: as bitsandbytes stores it: absmax is missing" in refusal(quantized)
     change_weights(quantized, **{name: None})
@@ -262,6 +266,15 @@ def test_the_parts_of_a_weight_stay_in_one_file(tmp_path, saved):
     assert_same(Llama.from_pretrained(out), model)
 
 
+def test_training_does_not_start_from_frozen_weights(quantized, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("one two three\n" * 200)
+    assert runs.train("run", **{"training__start_from": str(quantized), "data__tokenizer": "bytes"}) == 2
+    assert "its weights are quantized (quantization_config in config.json)" in capsys.readouterr().err
+    with pytest.raises(FormatError, match="there is nothing to train"):
+        folders.read_config(quantized, trainable=True)
+
+
 # From folder to folder
 
 
@@ -271,11 +284,14 @@ def test_a_folder_is_quantized_like_the_model_in_it(tmp_path, kind, limit):
     source = small().save_pretrained(tmp_path / "source", dtype="bfloat16", max_shard_size=2000)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"):
         (source / name).write_text(name)
-    said = []
-    out = quantize_folder(source, tmp_path / "out", kind, max_shard_size=limit, progress=lambda *each: said.append(each))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    said, out = [], tmp_path / "out"
+    quantize_folder(source, out, kind, max_shard_size=limit, progress=lambda *each: said.append(each))
     assert_same(Llama.from_pretrained(out), Llama.from_pretrained(source, storage=kind))
     names = {file.name for file in out.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
     assert "README.md" not in names and ("model.safetensors" in names) == (limit == 10**9)
     assert said[-1] == (small().config.parameter_count(),) * 2 and len(said) == 21
     values = json.loads((out / "config.json").read_text())
@@ -299,6 +315,46 @@ def test_a_folder_that_cannot_be_quantized_leaves_nothing(tmp_path, saved, quant
     with pytest.raises(FormatError, match="they do not belong together"):
         quantize_folder(saved, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "quantized"]
+
+
+# Other formats
+
+
+@pytest.mark.parametrize("storage", KINDS)
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_an_exported_model_is_the_decoded_one(tmp_path, storage, kind):
+    folder = small(rms_norm_eps=1e-5).save_pretrained(tmp_path / "model", dtype="bfloat16")
+    model = Llama.from_pretrained(folder, storage=storage)
+    tensors = []
+    for each in (model, decoded(model)):
+        with GGUF(export_gguf(each, None, tmp_path / "m.gguf", kind=kind, replace=True)) as file:
+            tensors.append({name: file.raw(name).tobytes() for name in file.entries})
+    assert tensors[0] == tensors[1] and len(tensors[0]) == 21
+    files = [export_llama2c(each, tmp_path / f"{i}.bin").read_bytes() for i, each in enumerate((model, decoded(model)))]
+    assert files[0] == files[1]
+
+
+def test_weights_stored_as_q8_0_are_exported_as_they_are(tmp_path):
+    """GGUF's bits are these already: rounding what they decode to gives them again."""
+    config = LlamaConfig(vocab_size=19, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                         num_attention_heads=2, max_position_embeddings=32)  # fmt: skip
+    random.seed(2)
+    folder = Llama(config).save_pretrained(tmp_path / "model")
+    model = Llama.from_pretrained(folder, storage="q8_0")
+    with GGUF(export_gguf(model, None, tmp_path / "m.gguf", kind="q8_0")) as file:
+        raw = file.raw("blk.0.ffn_up.weight").reshape(-1, 34)
+        w = model.model.layers[0].mlp.up_proj.weight
+        np.testing.assert_array_equal(raw[:, 2:].reshape(-1).view(np.int8), w.codes)
+        np.testing.assert_array_equal(raw[:, :2].copy().view("<f2")[:, 0].astype(np.float32), w.scales)
+
+
+def test_floats_are_every_weight_decoded_when_asked_for(halves):
+    model = Llama.from_pretrained(halves, storage="nf4")
+    floats, state = Floats(model), decoded(model).state_dict()
+    assert len(floats) == 21 and set(floats) == state.keys()
+    for name in floats:
+        assert floats.shape(name) == floats[name].shape
+        np.testing.assert_array_equal(floats[name], state[name])
 
 
 # Memory

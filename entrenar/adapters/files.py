@@ -87,7 +87,7 @@ def load_adapter(model: Llama, folder: str | Path, name: str = "default", *, tra
     folder = find_adapter(folder, name)
     config = read_adapter_config(folder)
     try:
-        planned = plan(model, config, every_pattern=False)
+        planned = plan(model, config, strict=False)
     except ValueError as error:
         raise FormatError(f"{folder / CONFIG}: {error}") from None
     with SafeTensors(folder / WEIGHTS) as file:
@@ -152,11 +152,11 @@ def _copied(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
 
 def _unexpected(file: SafeTensors, key: str, model: Llama) -> Iterator[str]:
     """What is wrong with a tensor that is no part of the adapter: nothing, where it is the base's own matrix."""
-    modules = plain_modules(model)
     path = key.removeprefix(PREFIX).removesuffix(BASE)
     if not (key.startswith(PREFIX) and key.endswith(BASE)) or path not in ("model.embed_tokens", "lm_head"):
         yield f"unexpected {short(key)} {file.entries[key].shape}"
         return
+    modules = plain_modules(model)
     weight = getattr(modules.get(path), "weight", None)
     if weight is None and path == "lm_head":  # tied
         weight = getattr(modules["model.embed_tokens"], "weight")  # noqa: B009

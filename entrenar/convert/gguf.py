@@ -22,6 +22,7 @@ from entrenar.files import new_file
 from entrenar.formats.gguf import Tensor, write_gguf
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.model import rope_frequencies
+from entrenar.llama.packed import Floats
 
 # kind -> (type of the matrices, general.file_type)
 KINDS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
@@ -48,6 +49,7 @@ def export_gguf(model: Llama, tokenizer: Tokenizer | None, path: str | Path, *, 
     or too large for the type), FileExistsError unless the file may be replaced, OSError where the disk refuses.
     """
     path = Path(path)
+    model.refuse_adapters("export_gguf")
     if kind not in KINDS:
         raise ConvertError(f"export_gguf: kind = {kind!r}: wanted {', '.join(KINDS)}")
     metadata = model_metadata(model.config, name or path.stem, kind)
@@ -125,10 +127,16 @@ def _tensors(model: Llama, dtype: str) -> Iterator[Tensor]:
     if model.config.rope_scaling is not None:
         factors = rope_factors(model.config)
         yield Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
-    for key, weight in model.state_dict().items():
+    weights = Floats(model)
+    for key in weights:
+        shape = weights.shape(key)
         stem, _, part = key.rpartition(".")  # weight or bias
-        kind = "F32" if weight.ndim == 1 else "F16" if dtype == "Q8_0" and weight.shape[1] % 32 else dtype
-        yield Tensor(f"{gguf_name(stem)}.{part}", weight.shape, kind, functools.partial(turned, weight, stem, model.config))
+        kind = "F32" if len(shape) == 1 else "F16" if dtype == "Q8_0" and shape[1] % 32 else dtype
+        yield Tensor(f"{gguf_name(stem)}.{part}", shape, kind, functools.partial(_values, weights, key, model.config))
+
+
+def _values(weights: Floats, key: str, config: LlamaConfig) -> np.ndarray:
+    return turned(weights[key], key.rpartition(".")[0], config)
 
 
 def gguf_name(stem: str) -> str:

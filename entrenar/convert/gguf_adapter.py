@@ -1,4 +1,4 @@
-"""A LoRA adapter as a GGUF file, which llama.cpp puts on a model at run time (`llama-cli -m base.gguf --lora this.gguf`).
+"""A LoRA adapter as a GGUF file, which llama.cpp puts on a model at run time: `llama-cli -m base.gguf --lora it.gguf`.
 
 Only low-rank updates fit: DoRA and modules trained as a whole are refused; merged into the base they are a plain model.
 """

@@ -64,6 +64,13 @@ class KVCache:
         self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
         self.length, self.capacity = 0, capacity
 
+    def grown(self, capacity: int) -> KVCache:
+        """A copy with more room behind what is there."""
+        grown = KVCache.__new__(KVCache)
+        grown.length, grown.capacity = self.length, capacity
+        grown.keys, grown.values = (_with_room(part, self.length, capacity) for part in (self.keys, self.values))
+        return grown
+
     def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Write k, v (B, T, KH, D) behind what is there; all keys and values so far, as views (B, S, KH, D)."""
         end = self.length + k.shape[1]
@@ -72,6 +79,13 @@ class KVCache:
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+def _with_room(part: np.ndarray, length: int, capacity: int) -> np.ndarray:
+    L, B, _, KH, D = part.shape
+    room = np.zeros((L, B, capacity, KH, D), part.dtype)
+    room[:, :, :length] = part[:, :, :length]
+    return room
 
 
 class Attention(Module):
@@ -220,6 +234,14 @@ class Llama(Module):
         if self.config.tie_word_embeddings:
             return ops.linear_cross_entropy(rows, self.head_weight, targets, reduction=reduction)
         return self.lm_head.cross_entropy(rows, targets, reduction=reduction)
+
+    def refuse_adapters(self, what: str) -> None:
+        """Raise ValueError where layers have adapters beside them: `what` is for plain models."""
+        if any(name.endswith(".base_layer") for name, _ in self.named_modules()):
+            raise ValueError(
+                f"{what}: this model has adapters beside its layers; save_adapter() writes an adapter, merge_adapter() "
+                "a plain model, and remove_adapter() leaves the base"
+            )
 
     def _rope(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows start..end of the tables, which grow on demand up to the model's context."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from entrenar import kernels
 from entrenar.formats import FormatError, safetensors, short
 from entrenar.formats.safetensors import SafeTensors
 from entrenar.kernels.packed import KINDS, TABLES, Nested, Packed
@@ -50,8 +51,8 @@ def states_of(values: Mapping[str, Any], files: Mapping[str, SafeTensors], where
     if states and values.get("quantization_config") is None:
         name = min(states)
         raise FormatError(
-            f"{where}: bitsandbytes quantized {short(name)} (there is its {states[name][0]}), but the configuration has "
-            "no quantization_config; take the config.json that belongs to these files"
+            f"{where}: bitsandbytes quantized {short(name)} (there is its {states[name][0]}), but the configuration "
+            "has no quantization_config; take the config.json that belongs to these files"
         )
     return states
 
@@ -105,6 +106,26 @@ def place(model: Module, name: str, weight: Tensor | Packed) -> None:
 
 
 # Writing
+
+
+class Floats(Mapping[str, np.ndarray]):
+    """Every weight of a model as floats, by name: those in a storage format are decoded when they are asked for."""
+
+    def __init__(self, model: Llama) -> None:
+        self._state, self._packed = model.state_dict(), dict(model.named_packed())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return kernels.unpack(self._packed[name]) if name in self._packed else self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._state
+        yield from self._packed
+
+    def __len__(self) -> int:
+        return len(self._state) + len(self._packed)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._packed[name].shape if name in self._packed else self._state[name].shape
 
 
 class Group(NamedTuple):

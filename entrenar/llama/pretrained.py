@@ -57,9 +57,19 @@ class Saveable(Protocol):
 # Reading
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the model in a folder. Raises FormatError where there is none, or one entrenar does not know."""
-    return LlamaConfig.from_dict(config_values(folder), where=str(Path(folder) / CONFIG))
+def read_config(folder: str | Path, *, trainable: bool = False) -> LlamaConfig:
+    """The shape of the model in a folder. Raises FormatError where there is none, or one entrenar does not know.
+
+    trainable   refuse a model that bitsandbytes quantized, too: its weights are frozen
+    """
+    values = config_values(folder)
+    config = LlamaConfig.from_dict(values, where=str(Path(folder) / CONFIG))
+    if trainable and values.get("quantization_config") is not None:
+        raise FormatError(
+            f"{folder}: its weights are quantized (quantization_config in {CONFIG}), and so frozen: there is nothing "
+            "to train; take the model before it was quantized"
+        )
+    return config
 
 
 def config_values(folder: str | Path) -> dict[str, Any]:
@@ -282,6 +292,7 @@ def write_model(folder: Path, model: Llama, *, dtype: str = "float32", max_shard
         raise ValueError(f"save_pretrained: dtype = {dtype!r}: wanted one of {', '.join(STORED)}")
     if max_shard_size < 1:
         raise ValueError(f"save_pretrained: max_shard_size = {max_shard_size}: wanted at least 1 byte")
+    model.refuse_adapters("save_pretrained")
     config = model.config.to_dict(dtype=dtype) | quantization_of(model, dtype)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
     write_json(folder / CONFIG, config)

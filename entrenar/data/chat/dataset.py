@@ -11,13 +11,14 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from entrenar.data.chat.examples import Examples, Gathered
 from entrenar.data.chat.rendering import TRAIN_ON, Example, Marked, example, marked, special_pattern
-from entrenar.data.chat.rows import BadRow, Keys
+from entrenar.data.chat.rows import BadRow, ChatRow, Keys
 from entrenar.data.chat.sources import find_files, rows
 from entrenar.data.chat.template import OWN, ChatTemplate, load_template
 from entrenar.data.corpus import CorpusError, SourceFile
@@ -132,7 +133,7 @@ def _split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examp
         wanted += 1
     held_out = np.zeros(count, bool)
     held_out[order[: wanted if wanted < count else 0]] = True
-    return examples.chosen(np.flatnonzero(~held_out)), examples.chosen(np.flatnonzero(held_out))
+    return examples.chosen(~held_out), examples.chosen(held_out)
 
 
 @dataclass
@@ -161,6 +162,8 @@ class _Reader:
     truncated: int = 0
     unended: int = 0
     twice: bool = False  # a row began with two beginnings
+    spelled: int = 0  # conversations in which somebody spells a special token
+    unseen: int = 0  # conversations with tools of which the template says nothing
 
     def __post_init__(self) -> None:
         self.special: re.Pattern[str] = special_pattern(self.tokenizer)
@@ -169,10 +172,9 @@ class _Reader:
     def read(self, files: tuple[SourceFile, ...]) -> Examples:
         """The examples of these files."""
         gathered = Gathered([str(file) for file in files])
-        for slab in _slabs(self._texts(files)):
-            for waiting, spans in zip(slab, self._tokenized(slab), strict=True):
-                if (one := self._example(waiting.row, spans)) is not None:
-                    gathered.add(one, waiting.file, waiting.line)
+        for waiting, spans in self._tokenized(_slabs(self._texts(files))):
+            if (one := self._example(waiting.row, spans)) is not None:
+                gathered.add(one, waiting.file, waiting.line)
         return gathered.done()
 
     def finish(self) -> None:
@@ -184,6 +186,11 @@ class _Reader:
         """What a user should know."""
         if self.twice:
             yield TWO_BEGINNINGS
+        if self.spelled:
+            yield (f"conversations in which somebody spells a special token: {self.spelled:,}; it becomes that token, "
+                   "as in transformers")  # fmt: skip
+        if self.unseen:
+            yield f"conversations with tools, which this template does not tell the model of: {self.unseen:,}"
         if any("strftime_now" in source for source in self.template.templates.values()):
             yield "the template writes today's date: tomorrow the same rows give other tokens"
         if self.template.origin == OWN and any("messages" in s or "instruction" in s for s in self.shapes):
@@ -201,17 +208,31 @@ class _Reader:
                         self._problem(f"{file} line {found.number:,} {error}")
                         continue
                     self.shapes[found.row.shape] += 1
+                    if isinstance(found.row, ChatRow):
+                        self._look_at(found.row)
                     yield _Waiting(row, number, found.number)
                 if len(self.problems) >= MOST_PROBLEMS and not self.skip_bad:
                     return
+
+    def _look_at(self, row: ChatRow) -> None:
+        self.spelled += any(self.special.search(message.get("content", "")) for message in row.messages)
+        self.unseen += row.tools is not None and "tools" not in self.template.source(row.tools)
 
     def _problem(self, words: str) -> None:
         self.skipped += 1
         if len(self.problems) < MOST_PROBLEMS:
             self.problems.append(words)
 
-    def _tokenized(self, slab: list[_Waiting]) -> list[Spans]:
-        return self.tokenizer.encode_special([waiting.row.text for waiting in slab])
+    def _tokenized(self, slabs: Iterable[list[_Waiting]]) -> Iterator[tuple[_Waiting, Spans]]:
+        """The rows with their tokens; while one slab is tokenized, the rows of the next are written."""
+        with ThreadPoolExecutor(1) as pool:
+            before: list[_Waiting] = []
+            future = pool.submit(self.tokenizer.encode_special, [])
+            for slab in slabs:
+                after = pool.submit(self.tokenizer.encode_special, [waiting.row.text for waiting in slab])
+                yield from zip(before, future.result(), strict=True)
+                before, future = slab, after
+            yield from zip(before, future.result(), strict=True)
 
     def _example(self, row: Marked, spans: Spans) -> Example | None:
         """The example; None where nothing in it is trained."""
@@ -219,7 +240,7 @@ class _Reader:
         begin = self.tokenizer.begin_id
         if not self.twice and begin is not None and one.ids[:2].tolist() == [begin, begin]:
             self.twice = True
-            warnings.warn(TWO_BEGINNINGS, stacklevel=5)
+            warnings.warn(TWO_BEGINNINGS, stacklevel=4)
         if self.max_length is not None and len(one.ids) > self.max_length:
             self.truncated += 1
             one = Example(one.ids[: self.max_length], one.trained[: self.max_length])

@@ -30,7 +30,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 STEPS = 2_000_000  # turns of a loop; some two seconds
-CALL = 5  # a call takes as long as so many
+CALL = 10  # a call takes as long as so many
 SIZE = 32 << 20  # characters
 SOURCE = 1 << 20  # characters of a template; the longest in use have some 30,000
 DIGITS = 10_000  # bits of a power
