@@ -340,3 +340,24 @@ def test_a_configuration_of_the_other_kind_is_told_so(place, capsys):
 
     assert main(["train", "--config", "fine.toml"]) == 2
     assert "that is an option of `entrenar finetune`" in capsys.readouterr().err
+
+
+def test_a_row_that_makes_a_value_that_is_no_number_is_named_by_file_and_line(place, capsys, monkeypatch):
+    from entrenar.data import load_tokenizer
+    from entrenar.training import finetune as kind
+
+    rows = [*ROWS[:-1], {"messages": [{"role": "user", "content": "§"}, {"role": "assistant", "content": "red cat"}]}]
+    write_rows(place / "chats.jsonl", rows)
+    real, only_there = kind.base_model, load_tokenizer("base").encode("§").tolist()[-1]
+
+    def poisoned(config):
+        model = real(config)
+        model.model.embed_tokens.weight.data[only_there] = np.nan
+        return model
+
+    monkeypatch.setattr(kind, "base_model", poisoned)
+    monkeypatch.setattr(Trainer, "look_before", lambda self: None)
+    assert finetune("run", training__eval_every=0, training__steps=60, data__held_out=0.02) == 1
+    told = capsys.readouterr().err
+    assert f"chats.jsonl line {len(rows)}." in told and "made by Embedding" in told, told
+    assert f"(id {only_there})" in told

@@ -46,7 +46,8 @@ def measured_run(folder: Path, shape: str, **changes: object) -> tuple[dict, int
     make_base(folder / "base", max_position_embeddings=512, **SHAPES[shape])
     write_rows(folder / "long.jsonl", LONG)
     options = words(base__model=folder / "base", data__source=folder / "long.jsonl", data__max_length=256,
-                    adapter__r=16, training__steps=3, training__batch_size=4, lr_schedule__warmup_steps=0, training__eval_every=2,
+                    adapter__r=16, training__steps=3, training__batch_size=4, lr_schedule__warmup_steps=0,
+                    training__eval_every=2,
                     checkpointing__every=0, **changes)  # fmt: skip
     measure = [sys.executable, Path(__file__).with_name("plan_measure.py"), folder / "peak"]
     command = [*measure, "finetune", "--out", folder / "run", *options]

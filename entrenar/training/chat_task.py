@@ -215,7 +215,7 @@ def length_of(config: FineTuning, data: ChatData) -> Length:
 def part_of(examples: Examples, tokens: int) -> Examples:
     """Every k-th example, so that about so many tokens are read."""
     every = max(1, examples.tokens // tokens)
-    return examples.chosen(np.arange(0, len(examples), every))
+    return examples.chosen(np.arange(len(examples)) % every == 0)
 
 
 def last_answer(trained: np.ndarray) -> int:
