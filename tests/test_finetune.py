@@ -182,7 +182,8 @@ def kill_often(kills: int, seed: int) -> int:
     rng, hit = random.Random(seed), 0
     one = process("finetune", "--out", "run", *words(training__steps=60, checkpointing__every=1))
     while hit < kills:
-        while one.poll() is None and not (list(Path("run").glob(".step-*")) if hit % 2 else Path("run/config.toml").exists()):
+        there = (lambda: list(Path("run").glob(".step-*"))) if hit % 2 else Path("run/config.toml").exists
+        while one.poll() is None and not there():
             time.sleep(0.0005)
         time.sleep(0 if hit % 2 else rng.uniform(0, 0.25))
         one.kill()
@@ -245,7 +246,7 @@ def test_two_runs_have_the_same_bits_and_another_seed_has_others(capsys):
         ({"base__model": "nowhere"}, "nowhere: there is no such folder"),
         ({"base__model": "."}, ".: has no config.json; wanted a folder with a model"),
         ({"data__source": "nothing.jsonl"}, "'nothing.jsonl' does not exist"),
-        ({"adapter__r": 33}, "[adapter] r = 33 for model.layers.0.self_attn.q_proj, which is 32 x 32: wanted at most 32"),
+        ({"adapter__r": 33}, "r = 33 for model.layers.0.self_attn.q_proj, which is 32 x 32: wanted at most 32"),
         ({"adapter__targets": "q_prj"}, "q_proj"),
         ({"data__max_length": 512}, "data.max_length = 512: the model in base has positions for 128"),
         ({"adapter__kind": "full", "base__storage": "nf4"}, "weights that are trained are float32"),
@@ -339,3 +340,24 @@ def test_a_configuration_of_the_other_kind_is_told_so(place, capsys):
 
     assert main(["train", "--config", "fine.toml"]) == 2
     assert "that is an option of `entrenar finetune`" in capsys.readouterr().err
+
+
+def test_a_row_that_makes_a_value_that_is_no_number_is_named_by_file_and_line(place, capsys, monkeypatch):
+    from entrenar.data import load_tokenizer
+    from entrenar.training import finetune as kind
+
+    rows = [*ROWS[:-1], {"messages": [{"role": "user", "content": "§"}, {"role": "assistant", "content": "red cat"}]}]
+    write_rows(place / "chats.jsonl", rows)
+    real, only_there = kind.base_model, load_tokenizer("base").encode("§").tolist()[-1]
+
+    def poisoned(config):
+        model = real(config)
+        model.model.embed_tokens.weight.data[only_there] = np.nan
+        return model
+
+    monkeypatch.setattr(kind, "base_model", poisoned)
+    monkeypatch.setattr(Trainer, "look_before", lambda self: None)
+    assert finetune("run", training__eval_every=0, training__steps=60, data__held_out=0.02) == 1
+    told = capsys.readouterr().err
+    assert f"chats.jsonl line {len(rows)}." in told and "made by Embedding" in told, told
+    assert f"(id {only_there})" in told

@@ -1,4 +1,4 @@
-"""The plan of a fine-tuning run: rehearsed arrays against those of real steps, the peak of real runs, what is refused."""
+"""The plan of a fine-tuning run: rehearsed arrays against those of real steps; the peak of real runs; refusals."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ def measured_run(folder: Path, shape: str, **changes: object) -> tuple[dict, int
     """A run in a process of its own: its plan, as it wrote it down, and its peak."""
     make_base(folder / "base", max_position_embeddings=512, **SHAPES[shape])
     write_rows(folder / "long.jsonl", LONG)
-    options = words(base__model=folder / "base", data__source=folder / "long.jsonl", data__max_length=256, adapter__r=16,
-                    training__steps=3, training__batch_size=4, lr_schedule__warmup_steps=0, training__eval_every=2,
+    options = words(base__model=folder / "base", data__source=folder / "long.jsonl", data__max_length=256,
+                    adapter__r=16, training__steps=3, training__batch_size=4, lr_schedule__warmup_steps=0,
+                    training__eval_every=2,
                     checkpointing__every=0, **changes)  # fmt: skip
-    command = [sys.executable, Path(__file__).with_name("plan_measure.py"), folder / "peak", "finetune"]
-    done = subprocess.run([*command, "--out", folder / "run", *options], env=SAME_PACKAGE, capture_output=True, text=True)
+    measure = [sys.executable, Path(__file__).with_name("plan_measure.py"), folder / "peak"]
+    command = [*measure, "finetune", "--out", folder / "run", *options]
+    done = subprocess.run(command, env=SAME_PACKAGE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with open(folder / "run" / "metrics.jsonl", encoding="utf-8") as lines:
         return json.loads(lines.readline())["plan"], int((folder / "peak").read_text())
@@ -126,7 +128,8 @@ def rehearsed(c: FineTuning, kind: type[FineRehearsal] = Whole) -> int:
     shapes = Rehearsal(SHAPE, 1, 1).parameters()
     held = {name: held_bytes(shape, None, double_quant=True) for name, shape in shapes.items()}
     rehearsal = kind(SHAPE, batch=4, context=64, checkpointing=c.training.activation_checkpointing,
-                     threads=kernels.get_num_threads(), low_rank=tried.low_rank, whole=tried.whole, held=held)  # fmt: skip
+                     threads=kernels.get_num_threads(), low_rank=tried.low_rank, whole=tried.whole,
+                     held=held)  # fmt: skip
     rehearsal.draw = lambda: None
     return rehearsal.run().most
 

@@ -124,7 +124,7 @@ def base_shape(config: FineTuning) -> LlamaConfig:
     """The base's shape. Raises FormatError where there is no model that can be read, ConfigError where its context is
     shorter than the rows."""
     folder = config.base.folder
-    shape = read_shape(folder)
+    shape = read_shape(folder, trainable=config.adapter.kind == FULL)
     if config.data.max_length > shape.max_position_embeddings:
         raise ConfigError(
             f"data.max_length = {config.data.max_length}: the model in {folder} has positions for "
