@@ -120,7 +120,7 @@ def test_another_base_than_the_one_trained_on_is_warned_of(made, tmp_path, capsy
     warnings = []
     open_model(made / "run", base=str(other), warn=warnings.append)
     open_model(other, adapters=[str(made / "run")], warn=warnings.append)
-    assert len(warnings) == 2 and all("was trained on another model than" in text for text in warnings)
+    assert len(warnings) == 2 and all("was trained beside other weights than those in" in text for text in warnings)
     assert "model.safetensors is another" in warnings[0]
     open_model(made / "run", base=str(made / "base"), warn=pytest.fail)
 

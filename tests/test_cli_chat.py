@@ -607,3 +607,20 @@ def test_the_help_fits_a_screen():
 
     lines = verb_parser(verb.NAME, verb).format_help().splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
+
+
+def test_tools_of_a_row_reach_the_template(command, made, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% if tools %}{{ tools[0].name }}{% endif %}" + tuned.CHATML)
+    message = {"messages": [{"role": "user", "content": "hello"}]}
+    rows = tuned.jsonl(tmp_path / "a.jsonl", message, {**message, "tools": [{"name": "clock"}]}, message)
+    out = command("--prompts", rows, "--template", template, "--json", *GREEDY)[1]
+    one, tools, again = (json.loads(line)["answer"] for line in out.splitlines())
+    assert one == again != tools
+
+
+def test_words_that_are_no_text_are_refused(command):
+    code, _, err = command("--system", "caf\udce9", "--prompt", "x")
+    assert code == 2 and "--system: is not UTF-8" in err
+    code, _, err = command("--prompt", "caf\udce9")
+    assert code == 2 and "is not UTF-8" in err

@@ -191,6 +191,7 @@ def test_a_run_becomes_a_folder_of_peft_with_a_model_card(made, tmp_path, capsys
     head, card = (out / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
     assert "base_model: meta-llama/Llama-3.2-1B\n" in head and "library_name: peft\n" in head and "- lora\n" in head
     assert "A LoRA adapter of rank 4 (alpha 8) on down_proj, gate_proj" in card and "# run" in card
+    assert "Trained with entrenar." in card
     assert f"wrote {out}" in said and "PeftModel.from_pretrained" in said
     opened, before = open_model(out, base=str(made / "base")), open_model(made / "run")
     assert np.array_equal(opened.model(IDS).data, before.model(IDS).data)

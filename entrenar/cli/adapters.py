@@ -19,6 +19,7 @@ from entrenar.cli.model_options import BASE, OFF, STORAGES
 from entrenar.cli.parser import CommandLineError
 from entrenar.formats import FormatError
 from entrenar.formats.strict_json import read_object
+from entrenar.llama.pretrained import INDEX
 from entrenar.training.base import differences, identity_of
 from entrenar.training.checkpoint import BEST, MODEL, NEWEST, STATE, STEP
 
@@ -43,7 +44,7 @@ class Asked:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no model of its own."""
-    return (folder / CONFIG).is_file() and not (folder / MODEL).is_file()
+    return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in (MODEL, INDEX))
 
 
 def given(words: Sequence[str], own: list[Given], find: Callable[[Path], Path]) -> Asked:
@@ -109,12 +110,15 @@ def base_of(folder: Path, asked: str | None = None) -> Path:
 
 
 def the_same(folder: Path, base: Path, warn: Callable[[str], None]) -> None:
-    """Warn of a base that is not the one that a run's adapter was trained on: it fits, and writes nonsense."""
+    """Warn of a base whose weights are not those that a run's adapter was trained beside."""
     wanted = below(state_of(folder), "base", "identity")
     if not isinstance(wanted, dict):
         return
     if changed := differences(wanted, identity_of(base)):
-        warn(f"{folder}: was trained on another model than {base} ({', '.join(changed[:3])}); it may write nonsense")
+        warn(
+            f"{folder}: was trained beside other weights than those in {base} ({', '.join(changed[:3])}): the same "
+            "model in another storage format does, another model writes nonsense"
+        )
 
 
 def held_as(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +86,17 @@ def _check(args: argparse.Namespace) -> None:
         wrong.append("--prompt and --prompts: one of them is wanted")
     if args.prompt is not None and not args.prompt.strip():
         wrong.append("--prompt: is empty; give some text")
+    if not encodable(args.system):
+        wrong.append("--system: is not UTF-8")
     if args.json and args.prompt is None and args.prompts is None and sys.stdin is not None and sys.stdin.isatty():
         wrong.append("--json: is for --prompt, --prompts or prompts from a pipe, not for a terminal")
     if wrong:
         raise CommandLineError("; ".join(wrong))
+
+
+def encodable(text: str) -> bool:
+    """Whether it is text: a terminal in another encoding than UTF-8, or a broken word, gives something else."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class Question:
     prompt: str
     messages: list[Message]
     wanted: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  # tools and such, for the template
 
 
 def questions(path: Path) -> Iterator[Question]:
@@ -145,7 +153,8 @@ def question(row: Any) -> Question:
         raise BadRow('has no message of the role "user"')
     following = chat.messages[last + 1 : last + 2]
     wanted = following[0].get("content", "") if following and following[0]["role"] == "assistant" else ""
-    return Question(chat.messages[last]["content"], chat.messages[: last + 1], wanted)
+    settings = {"tools": chat.tools, "documents": chat.documents, "variables": chat.variables}
+    return Question(chat.messages[last]["content"], chat.messages[: last + 1], wanted, settings)
 
 
 def ask_all(conversation: Conversation, asked: list[Question], args: argparse.Namespace) -> int:
@@ -162,7 +171,7 @@ def ask_all(conversation: Conversation, asked: list[Question], args: argparse.Na
             shown.page.put("\n" if shown.page.terminal else BETWEEN)
         if shown.page.terminal:
             shown.page.put(paint(shown.page.readable(one.prompt), "dim") + "\n")
-        answers = {by: conversation.answer(messages, by) for by in turns}
+        answers = {by: conversation.answer(messages, by, **one.settings) for by in turns}
         if shown.all(answers, prompt=one.prompt, beside={"wanted": one.wanted} if one.wanted else {}):
             return 130
     return 0

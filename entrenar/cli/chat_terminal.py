@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from entrenar.cli.chat import Shown, name_of, save
+from entrenar.cli.chat import Shown, encodable, name_of, save
 from entrenar.cli.conversation import Answer, ContextFull, Conversation, compared
 from entrenar.cli.model_options import BASE, OFF
 from entrenar.cli.parser import CommandLineError, nearest
@@ -93,6 +93,8 @@ class Talk:
         except EOFError:
             print()
             return None
+        except UnicodeDecodeError:
+            raise CommandLineError("what was typed is not UTF-8") from None
 
     def complete(self) -> None:
         """Let tab complete commands and adapters, where there is readline (importing it brings the history)."""
@@ -111,6 +113,8 @@ class Talk:
 
     def line(self, line: str) -> None:
         """A prompt, or a command; // at the beginning is a prompt's slash."""
+        if not encodable(line):
+            raise CommandLineError("what was typed is not UTF-8")
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line.partition(" ")
             if name not in COMMANDS:

@@ -105,13 +105,13 @@ class Conversation:
     def with_prompt(self, prompt: str) -> list[Message]:
         return [*self.messages, {"role": "user", "content": prompt}]
 
-    def answer(self, messages: list[Message], by: str | None) -> Answer:
-        """The answer to these messages.
+    def answer(self, messages: list[Message], by: str | None, **settings: Any) -> Answer:
+        """The answer to these messages; `settings` for the template: tools, documents, variables.
 
         Raises TemplateError where the template cannot write them, ContextFull where they are as long as the model can
         read.
         """
-        text = self.template.render(messages, add_generation_prompt=True).text
+        text = self.template.render(messages, add_generation_prompt=True, **settings).text
         ids = encoded(text, self.opened.tokenizer)
         limit = self.opened.model.config.max_position_embeddings
         if len(ids) >= limit:

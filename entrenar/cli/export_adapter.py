@@ -28,7 +28,7 @@ tags:
 
 # {title}
 
-A {name} adapter of rank {r} (alpha {alpha:g}) on {targets}, for {base}, trained with entrenar.
+A {name} adapter of rank {r} (alpha {alpha:g}) on {targets}, for {base}.
 {facts}
 ```python
 from peft import PeftModel
@@ -84,7 +84,9 @@ def model_card(values: dict[str, Any], title: str, state: dict[str, Any], *, tok
     base = str(values["base_model_name_or_path"] or "its base model")
     targets = values["target_modules"]
     steps, tokens = state.get("step"), state.get("tokens")
-    facts = f"{steps:,} steps, {tokens:,} tokens.\n" if type(steps) is int and type(tokens) is int else ""
+    facts = "Trained with entrenar" if state else ""
+    if type(steps) is int and type(tokens) is int:
+        facts += f": {steps:,} steps, {tokens:,} tokens"
     return CARD.format(
         base=base,
         base_text=json.dumps(base, ensure_ascii=False),
@@ -94,7 +96,7 @@ def model_card(values: dict[str, Any], title: str, state: dict[str, Any], *, tok
         r=values["r"],
         alpha=values["lora_alpha"],
         targets=targets if isinstance(targets, str) else ", ".join(targets or ("q_proj", "v_proj")),
-        facts=facts,
+        facts=f"{facts}.\n" if facts else "",
         tokenizer='"path/to/this/folder"' if tokenizer else "base",
     )
 

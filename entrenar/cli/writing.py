@@ -78,7 +78,7 @@ class Writing:
         of = f" ({whole - read:,} more were read before)" if read < whole else ""
         parts = [f"prompt {read:,} tokens" + _rate(read, self.reading) + of,
                  f"written {self.tokens:,} tokens" + _rate(self.tokens - 1, self.writing)]  # fmt: skip
-        return "; ".join([*parts, f"ended by {self.ended}"])
+        return "; ".join([*parts, f"ended by {self.ended or 'Ctrl-C'}"])
 
 
 def _rate(count: int, seconds: float) -> str:
