@@ -147,9 +147,6 @@ def ways(config: FineTuning) -> Iterator[list[Changes]]:
         stored = [*([less] if less else []), *({**less, "base.storage": kind} for kind in kinds)]
     yield stored
     yield from ladders(t, "data.max_length", d.max_length)
-    smallest: Changes = (stored[-1] if stored else {}) | (
-        {} if t.activation_checkpointing else {"training.activation_checkpointing": True}
-    )
-    if smallest:
-        for ladder in ladders(t, "data.max_length", d.max_length):
-            yield [smallest | changes for changes in ladder]
+    if stored:  # and the last steps of all of these together
+        last = [ladder[-1] for ladder in ladders(t, "data.max_length", d.max_length) if ladder]
+        yield [stored[-1] | changes for changes in last[1:]]

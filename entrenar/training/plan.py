@@ -447,6 +447,7 @@ def with_advice(plan: Plan, ladders: Iterable[list[Changes]], arrays_with: Calla
             fitting.append(f"{words}: {size(bytes_)}, fits")
         elif bytes_ < plan.needed:
             nearest.append((bytes_, f"{words}: {size(bytes_)}, too much"))
+    fitting = list(dict.fromkeys(fitting))  # two ladders may have the same step
     return replace(plan, advice=fitting or [*(line for _, line in sorted(nearest)[:2]), last])
 
 
