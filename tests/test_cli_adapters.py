@@ -147,6 +147,20 @@ def test_weights_are_held_as_asked_for_and_by_a_run_as_it_held_them(made, tmp_pa
     assert (asked, held, other) == ({"q8_0"}, {"nf4"}, {"bfloat16"})
 
 
+def test_a_checkpoint_that_says_nonsense_of_its_base_is_read_as_far_as_it_makes_sense(made, tmp_path):
+    folder = shutil.copytree(made / "run" / "step-000004", tmp_path / "x")
+    (folder / "SHA256SUMS").unlink()
+    nonsense = {"base": {"storage": ["nf4"]}, "data": {"max_length": "x"}}
+    for state in ({"config": {"base": {"storage": "nf9"}}}, {"config": {"base": 3}, "base": ["x"]},
+                  {"base": {"folder": 1}}, {"config": nonsense}):  # fmt: skip
+        (folder / "state.json").write_text(json.dumps(state))
+        opened = open_model(folder)
+        assert not list(opened.model.named_packed()) and opened.context == 256
+    (folder / "state.json").write_text(json.dumps({"base": {"folder": "~nobody-of-this-name/x"}}))
+    with pytest.raises(FormatError, match="is an adapter for ~nobody-of-this-name/x, which is not there"):
+        open_model(folder)
+
+
 def test_every_way_to_hold_weights_can_be_asked_for():
     assert sorted(STORAGES) == sorted(llama_packed.STORAGES)
 
@@ -246,3 +260,16 @@ def test_eval_says_whose_numbers_they_are(made, tmp_path, capsys):
     assert [line.split()[0] for line in lines] == ["adapter=off", "adapter=run"]
     code, _, err = command(capsys, "eval", made / "run", "--adapter", "off", "--adapter", "run", "-")
     assert code == 2 and "standard input can be read once only" in err
+
+
+def test_what_is_stored_in_bfloat16_is_used_so_and_says_the_same(made, tmp_path, capsys):
+    """In half the memory; the weights are the same numbers."""
+    assert cli.main(["quantize", str(made / "base"), "--to", "bfloat16", "--out", str(tmp_path / "half")]) == 0
+    (tmp_path / "a.txt").write_text("some text to predict")
+    capsys.readouterr()
+    losses = [
+        json.loads(command(capsys, "eval", tmp_path / "half", tmp_path / "a.txt", "--json", *words)[1])["loss"]
+        for words in ((), ("--storage", "stored"), ("--storage", "float32"))
+    ]
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-5)
+    assert {m.kind for _, m in open_model(tmp_path / "half", usual="stored").model.named_packed()} == {"bfloat16"}

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -552,8 +553,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_and_ctrl_d_ends_it(terminal
     assert "is a row of" in seat.say(f"/save {tmp_path / 'a.jsonl'}"), "the answer is kept as far as it came"
     content = json.loads((tmp_path / "a.jsonl").read_text())["messages"][1]["content"]
     assert 4 <= len(content) < 1000 and set(content) == {"a"}
-    seat.type("half a line\x03")
+    seat.type("half a line")
+    seat.until("half a line")
+    time.sleep(0.3)  # Python's readline, woken by a letter, misses a signal until it waits again
+    seat.type("\x03")
     assert "Ctrl-D or /exit ends the conversation" in seat.until("\n> ")
+    seat.type("\x04")
+    assert seat.end() == 0
+
+
+def test_a_question_that_is_stopped_before_the_answer_begins_is_forgotten(terminal, tmp_path):
+    waits = "print('[reading]', flush=True)\n    time.sleep(30)\n    for number in"
+    seat = terminal(before=SLOW.replace("for number in", waits))
+    seat.until("\n> ")
+    seat.type("hello\n")
+    seat.until("[reading]\n")
+    seat.type("\x03")
+    assert "the question is forgotten" in seat.until("\n> ")
+    assert "nothing was said yet" in seat.say(f"/save {tmp_path / 'a.jsonl'}")
     seat.type("\x04")
     assert seat.end() == 0
 

@@ -6,6 +6,7 @@ models.py, entrenar/adapters.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from entrenar.adapters.config import LoraConfig
 from entrenar.adapters.files import CONFIG, find_adapter, read_adapter_config
-from entrenar.cli.model_options import BASE, OFF
+from entrenar.cli.model_options import BASE, OFF, STORAGES
 from entrenar.cli.parser import CommandLineError
 from entrenar.formats import FormatError
 from entrenar.formats.strict_json import read_object
@@ -95,11 +96,11 @@ def base_of(folder: Path, asked: str | None = None) -> Path:
     """
     if asked is not None:
         return Path(asked).expanduser()
-    state = state_of(folder)
-    named = below(state, "base", "folder") or config_of(folder).base_model_name_or_path
-    if not isinstance(named, str) or not named:
+    named = below(state_of(folder), "base", "folder")
+    named = named if isinstance(named, str) and named else config_of(folder).base_model_name_or_path
+    if not named:
         raise FormatError(f"{folder}: is an adapter, and does not say for which model; --base FOLDER says it")
-    for place in (Path(named).expanduser(), folder / named):
+    for place in (Path(os.path.expanduser(named)), folder / named):
         if place.is_dir():
             return place
     raise FormatError(
@@ -119,9 +120,10 @@ def the_same(folder: Path, base: Path, warn: Callable[[str], None]) -> None:
 def held_as(folder: Path) -> dict[str, Any]:
     """How a fine-tuning run held its base's weights: `storage` and `double_quant` of from_pretrained."""
     base = below(state_of(folder), "config", "base")
-    if not isinstance(base, dict) or not isinstance(base.get("storage"), str):
+    held = base.get("storage") if isinstance(base, dict) else None
+    storage = "stored" if held == "auto" else held
+    if storage not in STORAGES:
         return {}
-    storage = {"auto": "stored"}.get(base["storage"], base["storage"])
     return {"storage": storage, "double_quant": base.get("double_quant") is not False}
 
 

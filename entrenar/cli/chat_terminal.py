@@ -37,20 +37,27 @@ class Talk:
         self.comparing: bool = args.compare
         self.over = False
         self.terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        self.piped = piped()
 
     def run(self) -> int:
         if self.terminal:
             self.say(self.introduction())
-        for line in self.lines():
+            self.complete()
+        while not self.over:
             try:
+                if (line := self.read()) is None:
+                    break
                 self.line(line)
             except (CommandLineError, TemplateError, OSError) as error:
                 if not self.terminal:
                     raise
                 way_out = f"; {GO_ON}" if isinstance(error, ContextFull) else ""
                 print(f"{error}{way_out}", file=sys.stderr)
-            if self.over:
-                break
+            except KeyboardInterrupt:
+                if not self.terminal:
+                    raise
+                print()
+                self.say("Ctrl-D or /exit ends the conversation")
         return 0
 
     def introduction(self) -> str:
@@ -69,29 +76,23 @@ class Talk:
 
     # -- lines
 
-    def lines(self) -> Iterator[str]:
-        """Line by line what was typed or piped; one that ends with a backslash goes on with the next."""
-        waiting = ""
-        for line in self.typed() if self.terminal else piped():
-            if line.endswith("\\"):
-                waiting += line[:-1] + "\n"
-                continue
-            yield waiting + line
-            waiting = ""
-        if waiting:
-            yield waiting
+    def read(self) -> str | None:
+        """What was typed or piped next, None at the end: a line, with the next where it ends with a backslash."""
+        lines = []
+        while (line := self.next_line()) is not None:
+            lines.append(line.removesuffix("\\"))
+            if not line.endswith("\\"):
+                break
+        return "\n".join(lines) if lines else None
 
-    def typed(self) -> Iterator[str]:
-        self.complete()
-        while True:
-            try:
-                yield input(PROMPT)
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                print()
-                self.say("Ctrl-D or /exit ends the conversation")
+    def next_line(self) -> str | None:
+        if not self.terminal:
+            return next(self.piped, None)
+        try:
+            return input(PROMPT)
+        except EOFError:
+            print()
+            return None
 
     def complete(self) -> None:
         """Let tab complete commands and adapters, where there is readline (importing it brings the history)."""
@@ -128,6 +129,9 @@ class Talk:
         answers = {by: talk.answer(messages, by) for by in turns}
         self.show(answers, prompt)
         kept = answers[talk.by if talk.by in answers else turns[-1]]
+        if not kept.text and not kept.writing.ended:
+            self.say("(stopped before anything was said; the question is forgotten)")
+            return
         talk.keep(kept)
         if kept.writing.ended.startswith("the full context"):
             self.say(f"{kept.writing.ended} ended the answer; {GO_ON}")

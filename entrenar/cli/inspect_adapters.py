@@ -80,7 +80,7 @@ def misfits(folder: Path, base: Path) -> list[str]:
     except FormatError:
         return []  # a base that is another kind of folder: what is there of the adapter is shown all the same
     try:
-        wanted = shapes(model, plan(model, read_adapter_config(folder), every_pattern=False))
+        wanted = shapes(model, plan(model, read_adapter_config(folder), strict=False))
     except ValueError as error:
         return [f"does not fit {base}: {' '.join(str(error).split())}"]
     with SafeTensors(folder / WEIGHTS) as file:
@@ -107,6 +107,8 @@ def four_bits(file: SafeTensors) -> dict[str, tuple[Weight, set[str]]]:
             shape = bitsandbytes.shape_of(name, {each: file[each] for each in names}, str(file.path))
         except FormatError:
             continue  # its parts are shown one by one
+        if file.entries[name].nbytes != -(-shape[0] * shape[1] // 2):
+            continue
         kind = next(part for part in parts if part.startswith(bitsandbytes.STATE)).removeprefix(bitsandbytes.STATE)
         nbytes = sum(file.entries[each].nbytes for each in (name, *names))
         weight = Weight(name, shape, kind.upper(), nbytes, decoded(file, name, (name, *sorted(names)), shape))

@@ -28,5 +28,5 @@ def opened(args: argparse.Namespace, verb: str) -> Opened:
     """The model that was asked for, with its adapters; what is to be known of it is said on stderr."""
     from entrenar.cli.models import open_model
 
-    return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage,
+    return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, usual="stored",
                       warn=lambda text: print(f"entrenar {verb}: {text}", file=sys.stderr))  # fmt: skip
