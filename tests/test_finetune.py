@@ -1,6 +1,7 @@
 """Fine-tuning runs: what they write, that they go on to the same bits, what they refuse, and how that is said."""
 
 import errno
+import io
 import json
 import os
 import random
@@ -153,6 +154,39 @@ def test_a_run_can_be_started_from_python(capsys):
     config.checkpointing.out = "run"
     config.lr_schedule.warmup_steps = 0
     assert start(config) == 0 and bits("run")["step"] == "step-000002"
+
+
+def test_a_question_of_ones_own_is_asked_before_and_after(capsys):
+    assert finetune("run", training__steps=2, lr_schedule__warmup_steps=0, training__sample_prompt="say cat") == 0
+    samples = events("run", "sample")
+    assert [e["step"] for e in samples] == [0, 2] and all("say cat" in e["prompt"] for e in samples)
+    assert samples[0]["wanted"] == ""
+
+
+def test_rows_on_standard_input_are_kept_for_going_on(place, capsys):
+    rows = (place / "chats.jsonl").read_bytes()
+    text = f"import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO({rows!r}))"
+    one = process("finetune", "--out", "run", *words(data__source="-", training__steps=3), before=text)
+    assert one.communicate(timeout=60)[1] == "" and one.returncode == 0
+    assert resume("run", "--training.steps", "4") == 0
+    assert bits("run")["step"] == "step-000004"
+
+
+def test_bad_rows_on_standard_input_leave_no_folder(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{broken\n")))
+    assert finetune("run", data__source="-") == 2
+    assert "line 1" in capsys.readouterr().err and not Path("run").exists()
+
+
+@pytest.mark.tier3
+def test_a_run_of_train_can_be_the_base(place, capsys):
+    from runs import train
+
+    (place / "text.txt").write_text("red green blue seven nine cat say and. " * 200)
+    assert train("first", training__context=64, model__max_position_embeddings=64) == 0
+    assert finetune("run", base__model="first") == 0
+    base = json.loads((place / "run/checkpoint/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(place / "first/step-000012")
 
 
 # Going on

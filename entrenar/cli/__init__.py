@@ -173,7 +173,7 @@ UNUSABLES = (
     ("entrenar.training.checkpoint", "CheckpointError"),
     ("entrenar.formats", "FormatError"),
 )
-FAILURES = (("entrenar.training.trainer", "TrainingError"),)
+FAILURES = (("entrenar.training.trouble", "TrainingError"),)
 
 
 def loaded(errors: Sequence[tuple[str, str]]) -> tuple[type[BaseException], ...]:

@@ -491,8 +491,13 @@ def _next(record: Record) -> str:
     if record.measure == NATS:
         base = record.option("base", "model")
         full = record.option("adapter", "kind") == "full"
-        words = run if full or not isinstance(base, str) else f"{shlex.quote(base)} --adapter {run}"
-        talking, again = [("talk to it", f"entrenar chat {words}")], f"entrenar finetune --config {config}"
+        again = f"entrenar finetune --config {config}"
+        talking = [("talk to it", f"entrenar chat {run}")]
+        if isinstance(base, str) and not full:
+            talking = [
+                ("talk to it and its base", f"entrenar chat {shlex.quote(base)} --adapter {run} --compare"),
+                ("base and adapter as one plain model", f"entrenar merge {run} --out tuned"),
+            ]
     else:
         again = f"entrenar train --config {config}"
         talking = [

@@ -196,10 +196,14 @@ class ChatTask:
         return about, [("after", last.loss), *([("before", before.loss)] if before else [])]
 
     def next_commands(self, command: str, run: str, steps: int) -> list[str]:
-        words = run if self.config.adapter.kind == FULL else f"{shlex.quote(self.config.base.model)} --adapter {run}"
+        longer = f"{command} resume {run} --training.steps {2 * steps}  # train it longer"
+        if self.config.adapter.kind == FULL:
+            return [f"{command} chat {run}  # talk to it", longer]
+        base = shlex.quote(self.config.base.model)
         return [
-            f"{command} chat {words}  # talk to it",
-            f"{command} resume {run} --training.steps {2 * steps}  # train it longer",
+            f"{command} chat {base} --adapter {run} --compare  # talk to it, and to the base beside it",
+            f"{command} merge {run} --out tuned  # make it one plain model",
+            longer,
         ]
 
 

@@ -10,7 +10,10 @@ refuses another one.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from entrenar import kernels, random
 from entrenar.adapters import adapt, load_adapter, write_adapter
 from entrenar.data import CorpusError, Tokenizer, load_tokenizer
 from entrenar.data.chat import ChatData, Keys, keep_template, load_template, read_examples
+from entrenar.files import new_file
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training.adapter import lora_config, trial
@@ -31,6 +35,7 @@ from entrenar.training.finetune_options import FULL, FineTuning
 from entrenar.training.finetune_plan import make_plan
 from entrenar.training.option import ConfigError
 from entrenar.training.plan import Plan
+from entrenar.training.pretrain import DATA
 
 
 def plan(config: FineTuning) -> Plan:
@@ -39,12 +44,15 @@ def plan(config: FineTuning) -> Plan:
 
 
 def begin(config: FineTuning, run: Path, display: Display, *, force: bool) -> tuple[ChatTask, dict[str, Any]]:
-    """What a new run trains, and its plan. Makes no folder."""
+    """What a new run trains, and its plan. Makes no folder but DATA."""
     shape = base_shape(config)
     trial(config, shape)  # what an adapter cannot be, is said before anything takes its time
     make_plan(config, shape).accepted(None, force=force)
-    data = examples(config, display)
-    planned = make_plan(config, shape, length_of(config, data)).accepted(display, force=force)
+    with contextlib.ExitStack() as failed:
+        failed.callback(forget_standard_input, run)
+        data = examples(config, run, display)
+        planned = make_plan(config, shape, length_of(config, data)).accepted(display, force=force)
+        failed.pop_all()
     kernels.keep_freed_memory()
     random.seed(config.training.seed)
     display.doing("reading the model")
@@ -59,7 +67,7 @@ def go_on(config: FineTuning, run: Path, saved: Saved, display: Display, *,
     """The same of a run that goes on from a checkpoint. Raises ConfigError for another base, CorpusError for other
     data."""
     config = the_same_base(config, saved)
-    data = examples(config, display)
+    data = examples(config, run, display)
     if data.identity != saved.state["data"]["identity"]:
         raise CorpusError(
             f"data.source: {config.data.source!r} no longer gives the tokens this run was trained on (its rows, the "
@@ -140,7 +148,7 @@ def base_model(config: FineTuning) -> Llama:
                                  checkpointing=config.training.activation_checkpointing)  # fmt: skip
 
 
-def examples(config: FineTuning, display: Display) -> ChatData:
+def examples(config: FineTuning, run: Path, display: Display) -> ChatData:
     """The rows as tokens, by the base's tokenizer and chat template.
 
     Raises CorpusError, TokenizerError, TemplateError; ConfigError where tokenizer and model do not belong together, or
@@ -158,7 +166,7 @@ def examples(config: FineTuning, display: Display) -> ChatData:
     keep_template(tokenizer, template)  # whoever loads a checkpoint writes conversations the same way
     display.doing(f"reading {d.source}")
     data = read_examples(
-        d.source,
+        str(standard_input(run / DATA)) if d.source == "-" else d.source,
         tokenizer,
         template=template,
         train_on=d.train_on,
@@ -176,6 +184,23 @@ def examples(config: FineTuning, display: Display) -> ChatData:
     for note in data.facts.notes:
         display.note(note)
     return data
+
+
+def standard_input(folder: Path) -> Path:
+    """What came on standard input, kept in the run's folder: nobody has to pipe it in again."""
+    kept = folder / "rows.jsonl"
+    if not kept.exists():
+        with new_file(kept) as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    return kept
+
+
+def forget_standard_input(run: Path) -> None:
+    """Of a run that cannot begin nothing is left, so that the same command can be given again."""
+    if not (run / "config.toml").exists():  # else it was killed before its first checkpoint, and begins again
+        shutil.rmtree(run / DATA, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            run.rmdir()
 
 
 def the_same_base(config: FineTuning, saved: Saved) -> FineTuning:

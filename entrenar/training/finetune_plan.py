@@ -20,6 +20,7 @@ from entrenar.llama.pretrained import config_values, open_weights
 from entrenar.nn import unfilled
 from entrenar.quant import bitsandbytes
 from entrenar.training.adapter import short, trial
+from entrenar.training.advice import Changes, ladders, with_changes
 from entrenar.training.display import size
 from entrenar.training.finetune_options import FULL, FineTuning
 from entrenar.training.finetune_rehearsal import FineRehearsal, held_bytes
@@ -30,19 +31,16 @@ from entrenar.training.plan import (
     TOKENIZER,
     Arrays,
     Buffer,
-    Changes,
     Plan,
     arrays_of,
     buffers_of,
     extrapolated,
-    ladders,
-    measured_program,
     own_mapping,
     planned,
     preparing,
     with_advice,
-    with_changes,
 )
+from entrenar.training.program import measured_program
 from entrenar.training.rehearsal import ADAPTERS, WEIGHTS, Rehearsal
 
 
@@ -147,9 +145,6 @@ def ways(config: FineTuning) -> Iterator[list[Changes]]:
         stored = [*([less] if less else []), *({**less, "base.storage": kind} for kind in kinds)]
     yield stored
     yield from ladders(t, "data.max_length", d.max_length)
-    smallest: Changes = (stored[-1] if stored else {}) | (
-        {} if t.activation_checkpointing else {"training.activation_checkpointing": True}
-    )
-    if smallest:
-        for ladder in ladders(t, "data.max_length", d.max_length):
-            yield [smallest | changes for changes in ladder]
+    if stored:  # and the last steps of all of these together
+        last = [ladder[-1] for ladder in ladders(t, "data.max_length", d.max_length) if ladder]
+        yield [stored[-1] | changes for changes in last[1:]]
