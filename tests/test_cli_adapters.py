@@ -273,3 +273,14 @@ def test_what_is_stored_in_bfloat16_is_used_so_and_says_the_same(made, tmp_path,
     ]
     assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-5)
     assert {m.kind for _, m in open_model(tmp_path / "half", usual="stored").model.named_packed()} == {"bfloat16"}
+
+
+def test_adapters_go_beside_a_model_that_is_stored_in_4_bits(made, tmp_path):
+    assert cli.main(["quantize", str(made / "base"), "--to", "nf4", "--out", str(tmp_path / "small")]) == 0
+    warnings = []
+    opened = open_model(tmp_path / "small", adapters=[str(made / "one"), str(made / "run")], warn=warnings.append)
+    model = Llama.from_pretrained(made / "base", storage="nf4")
+    load_adapter(model, made / "one")
+    assert np.array_equal(logits(opened.model), logits(model))
+    assert len(warnings) == 1 and "the same model in another storage format does" in warnings[0]
+    assert open_model(made / "run", base=str(tmp_path / "small")).turns == ("run",)

@@ -13,6 +13,7 @@ from entrenar import cli, kernels
 from entrenar.adapters import load_adapter
 from entrenar.cli.models import open_model
 from entrenar.cli.quantize import Errors, squares
+from entrenar.formats.gguf import read_header
 from entrenar.llama import Llama
 from entrenar.llama.pretrained import config_values
 from entrenar.quant import quantize
@@ -234,6 +235,7 @@ def test_a_real_run_is_talked_to_compared_merged_and_exported(tmp_path, monkeypa
         assert command(capsys, "export", "run", "--to", to, "--out", out)[0] == 0, to
     assert command(capsys, "chat", "plain", *ask)[1] == tuned_says
     assert command(capsys, "chat", "adapter", "--storage", "nf4", *ask)[1] == tuned_says
+    assert "Assistant:" in read_header(tmp_path / "model.gguf").metadata["tokenizer.chat_template"]
     for path in ("run", "run/best", "adapter", "merged", "adapter.gguf"):
         assert command(capsys, "inspect", path)[0] == 0, path
     text = command(capsys, "inspect", "run")[1]

@@ -15,9 +15,13 @@ from pathlib import Path
 from conftest import SAME_PACKAGE
 
 from entrenar import random
-from entrenar.adapters import LoraConfig, adapt, save_adapter, use_adapter, write_adapter
+from entrenar.adapters import LoraConfig, adapt, save_adapter, write_adapter
+from entrenar.cli.conversation import Conversation, Manner
+from entrenar.cli.models import open_model
 from entrenar.data import ByteTokenizer
+from entrenar.data.chat import load_template
 from entrenar.llama import Llama, LlamaConfig
+from entrenar.llama.generate import Sampling
 from entrenar.training.base import identity_of
 from entrenar.training.checkpoint import save_step
 
@@ -67,11 +71,6 @@ def run(path: Path, folder: Path, *, storage: str = "auto", steps: tuple[int, ..
     for step in steps:
         save_step(path, step, write=write, state={"step": step, **state}, best=step == steps[0])
     return path
-
-
-def alone(model: Llama) -> Llama:
-    use_adapter(model, None)
-    return model
 
 
 def jsonl(path: Path, *rows: object) -> Path:
@@ -138,3 +137,18 @@ def _control(number: int) -> None:
     import termios
 
     fcntl.ioctl(number, termios.TIOCSCTTY, 0)
+
+
+def conversation(folder: Path, *, max_tokens: int = 12, **settings: object) -> Conversation:
+    """With the model in a folder; the likeliest tokens are chosen."""
+    opened = open_model(folder, **settings)
+    template = load_template(opened.tokenizer)
+    return Conversation(opened, template, Manner(Sampling(temperature=0), max_tokens), by=opened.turns[0])
+
+
+def said(talk: Conversation, prompt: str) -> str:
+    """Ask, keep the answer, and give it back."""
+    answer = talk.ask(prompt)
+    text = "".join(answer)
+    talk.keep(answer)
+    return text
