@@ -44,7 +44,7 @@ CONFIG, LOCK = "config.toml", ".lock"
 # What a resumed run may change: nothing that decides what a weight or a batch is.
 CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.epochs", "training.clip_norm",
               "training.on_spike", "training.spike_sigma", "training.activation_checkpointing",
-              "base.model"}  # fmt: skip
+              "training.samples", "base.model"}  # fmt: skip
 CHANGEABLE_BEGINNINGS = ("training.eval_", "training.sample_", "training.report_")
 
 
