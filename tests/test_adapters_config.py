@@ -131,6 +131,27 @@ def test_a_file_s_problems_are_named_with_the_file():
     assert LoraConfig.from_dict({"peft_type": "LORA", "new_switch": False, "target_modules": ["q_proj"]}).r == 8
 
 
+leaves = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["q_proj", "all-linear", "(", "a*"]),
+)
+values = st.recursive(leaves, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3))
+
+
+@given(st.dictionaries(st.sampled_from([*LoraConfig().to_dict(), "eva_config", "x"]), values, max_size=6))
+def test_any_json_is_a_configuration_or_refused_in_words(changes):
+    try:
+        config = LoraConfig.from_dict(LoraConfig().to_dict() | changes, where="some.json")
+    except FormatError as error:
+        assert str(error).startswith("some.json: ") and len(str(error)) < 4000
+        return
+    assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 # -- what matches nothing
 
 

@@ -14,7 +14,7 @@ from entrenar.gradcheck import GradcheckError
 from entrenar.kernels.packed import Nested, Packed
 from entrenar.nn import Embedding, Linear
 from entrenar.ops.low_rank import row_squares, update_norm
-from entrenar.tensor import recorded
+from entrenar.tensor import no_grad, recorded
 
 RNG = np.random.default_rng(4)
 
@@ -202,3 +202,30 @@ def test_a_row_of_zeros_stays_zero():
     model.model.layers[0].self_attn.q_proj.weight.data[3] = 0
     adapt(model, LoraConfig(use_dora=True))
     assert np.isfinite(model(IDS).data).all()
+
+
+def test_the_norm_is_kept_while_nothing_changes():
+    layer, (a, *_) = layer_of("nf4", 10, 12, dora=True, dtype=np.float32)
+    asked = []
+    x = Tensor(np.ones((1, 12), np.float32))
+
+    def norms_made(forward):
+        asked.clear()
+        forward()
+        return len(asked)
+
+    from entrenar.adapters import layers
+
+    made = layers.base_norm
+    try:
+        layers.base_norm = lambda *args: asked.append(1) or made(*args)
+        with no_grad():
+            first = layer(x).data
+            assert norms_made(lambda: layer(x)) == 0
+            a.data[0, 0] += 1
+            assert norms_made(lambda: layer(x)) == 1 and (layer(x).data != first).any()
+        assert norms_made(lambda: [layer(x), layer(x)]) == 0, "still the same weights"
+        a.data[0, 0] += 1
+        assert norms_made(lambda: [layer(x), layer(x)]) == 2 and not layer._norms, "nothing is kept in training"
+    finally:
+        layers.base_norm = made

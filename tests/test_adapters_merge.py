@@ -31,6 +31,7 @@ from entrenar.formats.gguf import GGUF
 from entrenar.kernels import unpack
 from entrenar.kernels.packed import Packed
 from entrenar.llama import Llama
+from entrenar.llama.quantizing import quantize_folder
 from entrenar.quant import quantize
 
 EPS = np.finfo(np.float32).eps
@@ -92,6 +93,27 @@ def test_folders_of_base_and_adapter_are_merged(tmp_path):
     model = llama()
     merge_adapter(model, tmp_path / "adapter", tmp_path / "other", held_out=IDS)
     assert adapter_names(model) == [] and list(model.state_dict()) == list(llama().state_dict())
+
+
+def test_a_base_in_4_bits_is_merged_into_bfloat16(tmp_path):
+    llama().save_pretrained(tmp_path / "base", dtype="bfloat16")
+    quantize_folder(tmp_path / "base", tmp_path / "nf4")
+    base = Llama.from_pretrained(tmp_path / "nf4")
+    adapter = trained(dict(r=4, target_modules=["q_proj", "up_proj"], use_dora=True), base)
+    save_adapter(adapter, tmp_path / "adapter")
+    proof = merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out", held_out=IDS)
+    assert proof.kl < 1e-3 and 0.95 < proof.kept < 1.05
+    assert {w.kind for _, w in Llama.from_pretrained(tmp_path / "out", storage="stored").named_packed()} == {"bfloat16"}
+    exact = merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "f32", held_out=IDS, dtype="float32")
+    assert exact.max_logit_difference < 1e-4 < proof.max_logit_difference
+
+
+def test_values_that_are_not_finite_are_not_written(tmp_path):
+    model = trained(dict(r=2))
+    next(iter(adapter_tensors(model).values())).data[0, 0] = np.inf
+    with pytest.raises(ValueError, match="make values that are not finite; nothing is written"):
+        merge_adapter(model, "default", tmp_path / "out", held_out=IDS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapted_embedding_is_untied_from_the_head(tmp_path):

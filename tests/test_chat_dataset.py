@@ -147,8 +147,15 @@ def test_a_template_with_todays_date_is_noted(tmp_path):
 def test_special_tokens_that_somebody_spells_are_noted(tmp_path):
     rows = [{"messages": chats.said(("user", "x<|endoftext|>"), ("assistant", "y"))}, {"messages": chats.SHORT}]
     data = read_examples(write(tmp_path / "a.jsonl", rows), BYTES, held_out=0)
-    assert any(note.startswith("1 conversations spell a special token") for note in data.facts.notes)
+    assert any("spells a special token: 1;" in note for note in data.facts.notes)
     assert data.train[0].ids.tolist().count(BYTES.end_id) == 3
+
+
+def test_tools_that_the_template_does_not_write_are_noted(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"messages": chats.SHORT, "tools": chats.TOOLS}] * 2)
+    for template, noted in ((chats.CHATML, True), (chats.TOOLS_MARKED, False)):
+        notes = read_examples(source, BYTES, template=template).facts.notes
+        assert any("tools, which this template does not tell the model of: 2" in note for note in notes) == noted
 
 
 def test_identity_tells_tokens_and_what_is_trained(tmp_path):

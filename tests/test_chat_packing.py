@@ -163,3 +163,25 @@ def test_the_checks_of_this_file_notice_a_leak():
     batches = [list(one) for one in epoch(ExampleBatches(examples, batch_size=2, context=32))]
     batches[0][2][:] = 0
     assert learned(batches) != expected(examples)
+
+
+def test_a_model_reads_packed_examples_as_if_each_stood_alone(native):
+    """The sum of nats over packed rows is that over one example in a row: attention looks no further than `starts`."""
+    from entrenar import random
+    from entrenar.llama import Llama, LlamaConfig
+
+    random.seed(0)
+    config = LlamaConfig(vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    model, examples = Llama(config), random_examples(20, 30)
+
+    for weight in model.parameters():
+        weight.data *= 3  # so that it matters what is seen
+
+    def loss(packing, seen=1):
+        batches = evaluation_batches(examples, batch_size=3, context=64, packing=packing)
+        nats = [model.loss(b.ids, b.targets, starts=b.starts * seen, reduction="sum").data for b in batches]
+        return float(sum(nats)) / examples.trained_tokens
+
+    assert loss(True) == pytest.approx(loss(False), rel=1e-5)
+    assert loss(True, seen=0) != pytest.approx(loss(False), rel=1e-3)

@@ -216,3 +216,14 @@ def test_offsets_of_bytes_are_those_of_their_character():
     ids, spans = ByteTokenizer().encode_special([f"é{END}x"])[0]
     assert ids.tolist() == [0xC3, 0xA9, 256, ord("x")]
     assert spans.tolist() == [[0, 1], [0, 1], [1, 1 + len(END)], [1 + len(END), 2 + len(END)]]
+
+
+def test_an_end_token_that_only_the_files_name_is_found_in_a_text(tmp_path):
+    """In tokenizer.json it is a token like any other; transformers makes it a special one by the settings."""
+    kinds.llama2_json(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    inner = json.loads(path.read_text())
+    path.write_text(json.dumps(inner | {"added_tokens": []}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_special(["hello</s>"])[0].ids[-1] == tokenizer.end_id
+    assert tokenizer.end_id not in tokenizer.encode("hello</s>")

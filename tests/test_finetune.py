@@ -1,6 +1,7 @@
 """Fine-tuning runs: what they write, that they go on to the same bits, what they refuse, and how that is said."""
 
 import errno
+import io
 import json
 import os
 import random
@@ -155,6 +156,39 @@ def test_a_run_can_be_started_from_python(capsys):
     assert start(config) == 0 and bits("run")["step"] == "step-000002"
 
 
+def test_a_question_of_ones_own_is_asked_before_and_after(capsys):
+    assert finetune("run", training__steps=2, lr_schedule__warmup_steps=0, training__sample_prompt="say cat") == 0
+    samples = events("run", "sample")
+    assert [e["step"] for e in samples] == [0, 2] and all("say cat" in e["prompt"] for e in samples)
+    assert samples[0]["wanted"] == ""
+
+
+def test_rows_on_standard_input_are_kept_for_going_on(place, capsys):
+    rows = (place / "chats.jsonl").read_bytes()
+    text = f"import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO({rows!r}))"
+    one = process("finetune", "--out", "run", *words(data__source="-", training__steps=3), before=text)
+    assert one.communicate(timeout=60)[1] == "" and one.returncode == 0
+    assert resume("run", "--training.steps", "4") == 0
+    assert bits("run")["step"] == "step-000004"
+
+
+def test_bad_rows_on_standard_input_leave_no_folder(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{broken\n")))
+    assert finetune("run", data__source="-") == 2
+    assert "line 1" in capsys.readouterr().err and not Path("run").exists()
+
+
+@pytest.mark.tier3
+def test_a_run_of_train_can_be_the_base(place, capsys):
+    from runs import train
+
+    (place / "text.txt").write_text("red green blue seven nine cat say and. " * 200)
+    assert train("first", training__context=64, model__max_position_embeddings=64) == 0
+    assert finetune("run", base__model="first") == 0
+    base = json.loads((place / "run/checkpoint/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(place / "first/step-000012")
+
+
 # Going on
 
 
@@ -182,7 +216,8 @@ def kill_often(kills: int, seed: int) -> int:
     rng, hit = random.Random(seed), 0
     one = process("finetune", "--out", "run", *words(training__steps=60, checkpointing__every=1))
     while hit < kills:
-        while one.poll() is None and not (list(Path("run").glob(".step-*")) if hit % 2 else Path("run/config.toml").exists()):
+        there = (lambda: list(Path("run").glob(".step-*"))) if hit % 2 else Path("run/config.toml").exists
+        while one.poll() is None and not there():
             time.sleep(0.0005)
         time.sleep(0 if hit % 2 else rng.uniform(0, 0.25))
         one.kill()
@@ -245,7 +280,7 @@ def test_two_runs_have_the_same_bits_and_another_seed_has_others(capsys):
         ({"base__model": "nowhere"}, "nowhere: there is no such folder"),
         ({"base__model": "."}, ".: has no config.json; wanted a folder with a model"),
         ({"data__source": "nothing.jsonl"}, "'nothing.jsonl' does not exist"),
-        ({"adapter__r": 33}, "[adapter] r = 33 for model.layers.0.self_attn.q_proj, which is 32 x 32: wanted at most 32"),
+        ({"adapter__r": 33}, "r = 33 for model.layers.0.self_attn.q_proj, which is 32 x 32: wanted at most 32"),
         ({"adapter__targets": "q_prj"}, "q_proj"),
         ({"data__max_length": 512}, "data.max_length = 512: the model in base has positions for 128"),
         ({"adapter__kind": "full", "base__storage": "nf4"}, "weights that are trained are float32"),
@@ -270,7 +305,7 @@ def test_rows_without_a_trained_token_are_refused(place, capsys):
 def test_a_single_row_cannot_be_held_out(place, capsys):
     write_rows(place / "chats.jsonl", ROWS[:1])
     assert finetune("run") == 2
-    assert "none to hold out" in capsys.readouterr().err
+    assert "nothing can be held out of 1 rows" in capsys.readouterr().err
 
 
 def test_bad_rows_are_named_by_file_and_line(place, capsys):
@@ -339,3 +374,24 @@ def test_a_configuration_of_the_other_kind_is_told_so(place, capsys):
 
     assert main(["train", "--config", "fine.toml"]) == 2
     assert "that is an option of `entrenar finetune`" in capsys.readouterr().err
+
+
+def test_a_row_that_makes_a_value_that_is_no_number_is_named_by_file_and_line(place, capsys, monkeypatch):
+    from entrenar.data import load_tokenizer
+    from entrenar.training import finetune as kind
+
+    rows = [*ROWS[:-1], {"messages": [{"role": "user", "content": "§"}, {"role": "assistant", "content": "red cat"}]}]
+    write_rows(place / "chats.jsonl", rows)
+    real, only_there = kind.base_model, load_tokenizer("base").encode("§").tolist()[-1]
+
+    def poisoned(config):
+        model = real(config)
+        model.model.embed_tokens.weight.data[only_there] = np.nan
+        return model
+
+    monkeypatch.setattr(kind, "base_model", poisoned)
+    monkeypatch.setattr(Trainer, "look_before", lambda self: None)
+    assert finetune("run", training__eval_every=0, training__steps=60, data__held_out=0.02) == 1
+    told = capsys.readouterr().err
+    assert f"chats.jsonl line {len(rows)}." in told and "made by Embedding" in told, told
+    assert f"(id {only_there})" in told

@@ -140,7 +140,7 @@ def test_8_bit_codes_by_comparison_are_neighbours_and_hardly_worse(one_thread):
     assert (steps > 0).mean() < 0.003
     x = (scales - F32(made.offset)) / absmax
     further = np.abs(table[made.codes] - x) - np.abs(table[exact] - x)
-    assert further.max() <= 2 * 1.6e-5, "the place looked up is at most half of 2/65535 away, from either side"
+    assert further.max() <= 3.1e-5, "the place looked up is at most half of 2/65535 away, from either side"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -64,7 +64,7 @@ def measured_run(folder: Path, name: str, text: Path, run: str, **changes) -> tu
     out = folder / run
     words = [f"--{key}={value}" for key, value in settings.items()]
     command = [sys.executable, Path(__file__).with_name("plan_measure.py"), folder / f"{run}.peak"]
-    done = subprocess.run([*command, "--config", CONFIGS / f"{name}.toml", "--out", out, *words], env=SAME_PACKAGE,
+    done = subprocess.run([*command, "train", "--config", CONFIGS / f"{name}.toml", "--out", out, *words], env=SAME_PACKAGE,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     with open(out / "metrics.jsonl", encoding="utf-8") as lines:

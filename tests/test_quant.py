@@ -217,6 +217,9 @@ def test_what_a_kind_cannot_hold_is_refused():
     with pytest.raises(QuantizeError, match=r"has 3.4e\+38; bfloat16 ends at"):
         quantize(np.full((1, 4), 3.4e38, F32), "bfloat16")
     quantize(np.full((1, 4), 3.4e38, F32), "nf4")
+    with pytest.raises(QuantizeError, match=r"w: 2 scales up to 3.4e\+38 add up to more than float32 holds; double_"):
+        quantize(np.full((2, 64), 3.4e38, F32), "nf4", name="w")
+    quantize(np.full((2, 64), 3.4e38, F32), "nf4", double_quant=False)
 
 
 @pytest.mark.parametrize("w, kind, settings, message", [

@@ -9,6 +9,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+import runs
 from conftest import SAME_PACKAGE
 from test_pretrained import IDS, change_json, change_weights, refusal, small
 
@@ -265,6 +266,15 @@ def test_the_parts_of_a_weight_stay_in_one_file(tmp_path, saved):
     assert_same(Llama.from_pretrained(out), model)
 
 
+def test_training_does_not_start_from_frozen_weights(quantized, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("one two three\n" * 200)
+    assert runs.train("run", **{"training__start_from": str(quantized), "data__tokenizer": "bytes"}) == 2
+    assert "its weights are quantized (quantization_config in config.json)" in capsys.readouterr().err
+    with pytest.raises(FormatError, match="there is nothing to train"):
+        folders.read_config(quantized, trainable=True)
+
+
 # From folder to folder
 
 
@@ -274,11 +284,14 @@ def test_a_folder_is_quantized_like_the_model_in_it(tmp_path, kind, limit):
     source = small().save_pretrained(tmp_path / "source", dtype="bfloat16", max_shard_size=2000)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"):
         (source / name).write_text(name)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
     said, out = [], tmp_path / "out"
     quantize_folder(source, out, kind, max_shard_size=limit, progress=lambda *each: said.append(each))
     assert_same(Llama.from_pretrained(out), Llama.from_pretrained(source, storage=kind))
     names = {file.name for file in out.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
     assert "README.md" not in names and ("model.safetensors" in names) == (limit == 10**9)
     assert said[-1] == (small().config.parameter_count(),) * 2 and len(said) == 21
     values = json.loads((out / "config.json").read_text())

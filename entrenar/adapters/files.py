@@ -87,7 +87,7 @@ def load_adapter(model: Llama, folder: str | Path, name: str = "default", *, tra
     folder = find_adapter(folder, name)
     config = read_adapter_config(folder)
     try:
-        planned = plan(model, config, every_pattern=False)
+        planned = plan(model, config, strict=False)
     except ValueError as error:
         raise FormatError(f"{folder / CONFIG}: {error}") from None
     with SafeTensors(folder / WEIGHTS) as file:

@@ -51,10 +51,11 @@ def walk(module: Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(child, f"{prefix}{name}.")
 
 
-def plan(model: Llama, config: LoraConfig, *, every_pattern: bool = True) -> Plan:
+def plan(model: Llama, config: LoraConfig, *, strict: bool = True) -> Plan:
     """Which modules `config` means.
 
-    every_pattern   refuse a rank_pattern or alpha_pattern that is for none of them
+    strict   refuse a name, a layer or a pattern that is for none of them. (PEFT's files may have some, written for
+             several kinds of models; what their tensors must be is known all the same.)
     Raises ValueError with everything at once that matches nothing, or what cannot be adapted.
     """
     modules = plain_modules(model)
@@ -73,10 +74,12 @@ def plan(model: Llama, config: LoraConfig, *, every_pattern: bool = True) -> Pla
         r, alpha = _first(ranks, name, config.r), _first(alphas, name, config.lora_alpha)
         low_rank[name] = Settings(int(r), config.scale(int(r), alpha), config.lora_dropout, config.use_dora)
     whole = [name for name in modules if any(name.endswith(end) for end in config.modules_to_save or ())]
-    wrong += itertools.islice(_problems(model, config, modules, low_rank, whole), 10 * SHOWN)
-    if every_pattern:
+    if strict or not low_rank:
+        wrong += itertools.islice(_unmatched(model, config, modules), 10 * SHOWN)
+    if strict:
         wrong += [f"rank_pattern: {short(p.text)} is for none of them" for p in ranks if not _used(p, low_rank)]
         wrong += [f"alpha_pattern: {short(p.text)} is for none of them" for p in alphas if not _used(p, low_rank)]
+    wrong += _problems(config, modules, low_rank, whole)
     if wrong:
         more = [f"... and {len(wrong) - SHOWN:,} more"] if len(wrong) > SHOWN else []
         raise ValueError("\n  ".join(["LoraConfig does not fit this model:", *wrong[:SHOWN], *more]))
@@ -143,8 +146,8 @@ def _used(pattern: Pattern, low_rank: dict[str, Settings]) -> bool:
     return any(pattern.matches_end(name) for name in low_rank)
 
 
-def _problems(model: Llama, config: LoraConfig, modules: dict[str, Module], low_rank: dict[str, Settings],
-              whole: list[str]) -> Iterator[str]:  # fmt: skip
+def _unmatched(model: Llama, config: LoraConfig, modules: dict[str, Module]) -> Iterator[str]:
+    """What of the configuration is for no module at all."""
     known = {end for name in modules for end in _ends(name)}
     for field in ("target_modules", "exclude_modules"):
         names = getattr(config, field)
@@ -154,14 +157,18 @@ def _problems(model: Llama, config: LoraConfig, modules: dict[str, Module], low_
     for end in config.modules_to_save or ():
         if not any(name.endswith(end) for name in modules):
             yield f"modules_to_save: {_unknown(end, model, modules)}"
-    for name in whole:
-        if not isinstance(modules[name], (Linear, Embedding, RMSNorm)):
-            yield f"modules_to_save: {name} is a {type(modules[name]).__name__}: name the layers inside it"
     layers = config.layers_to_transform
     last = model.config.num_hidden_layers - 1
     for number in layers if isinstance(layers, list) else [] if layers is None else [layers]:
         if number > last:
             yield f"layers_to_transform: {number}: the model has layers 0 to {last}"
+
+
+def _problems(config: LoraConfig, modules: dict[str, Module], low_rank: dict[str, Settings],
+              whole: list[str]) -> Iterator[str]:  # fmt: skip
+    for name in whole:
+        if not isinstance(modules[name], (Linear, Embedding, RMSNorm)):
+            yield f"modules_to_save: {name} is a {type(modules[name]).__name__}: name the layers inside it"
     if not low_rank and not whole:
         yield f"target_modules = {short(config.target_modules)}: nothing is left to adapt"
     elif not low_rank:

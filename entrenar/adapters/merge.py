@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,8 +37,12 @@ from entrenar.quant import bitsandbytes, quantize
 from entrenar.tensor import Tensor, no_grad
 
 KEPT = 0.5  # of the update: less, and it counts as erased
+BLOCK = 1 << 20  # elements of a matrix that are compared at a time
 TOKENS = 512  # of the held-out text that are compared
 WORST = 5  # matrices named where merging is refused
+
+
+Rows = Callable[[slice], np.ndarray]
 
 
 class Erased(ValueError):
@@ -74,14 +79,19 @@ class _Rounding:
     whole: float = 0.0
     worst: list[tuple[float, float, str]] = dataclasses.field(default_factory=list)
 
-    def add(self, name: str, before: np.ndarray, update: np.ndarray, after: np.ndarray) -> None:
-        """before Q(W), update D, after Q(W + D), all of one shape"""
-        moved = (after - before).ravel()
-        update = update.ravel()
-        whole, along = float(np.vdot(update, update)), float(np.vdot(moved, update))
+    def add(self, name: str, w: np.ndarray, merged: np.ndarray, q_w: Rows, q_merged: Rows) -> None:
+        """w W, merged W + D, both (O, I); q_w and q_merged give rows of what is read again of each: Q(W), Q(W + D)"""
+        whole = along = length = 0.0
+        step = max(1, BLOCK // max(1, w.shape[1]))
+        for at in range(0, len(w), step):
+            rows = slice(at, min(at + step, len(w)))
+            update, moved = merged[rows] - w[rows], q_merged(rows) - q_w(rows)
+            whole += float(np.vdot(update, update))
+            along += float(np.vdot(moved, update))
+            length += float(np.vdot(moved, moved))
         if whole:
-            length = np.sqrt(float(np.vdot(moved, moved)) * whole)
-            self.worst = sorted([*self.worst, (along / whole, along / length if length else 0.0, name)])[:WORST]
+            cosine = along / math.sqrt(length * whole) if length else 0.0
+            self.worst = sorted([*self.worst, (along / whole, cosine, name)])[:WORST]
         self.along, self.whole = self.along + along, self.whole + whole
 
     @property
@@ -221,23 +231,27 @@ def _groups(model: Llama, name: str, dtype: str, storage: str | None, rounding: 
     for key, array in merged(model, name):
         kind = storage if storage is not None and LAYER.fullmatch(key) else None
         stored, rounded = _stored(key, array, kind, dtype)
-        if key in own and own[key].ndim == 2:
+        if key in own and isinstance(array, np.ndarray) and not np.isfinite(array).all():
+            raise ValueError(f"merge: {key}: base and adapter make values that are not finite; nothing is written")
+        if key in own and own[key].ndim == 2 and isinstance(array, np.ndarray):
             before = _floats(own[key])
-            _, q = _stored(key, before, kind, dtype)
-            rounding.add(key, q(), _floats(array) - before, rounded())
+            rounding.add(key, before, array, _stored(key, before, kind, dtype)[1], rounded)
         yield group_of(key, stored, dtype)
 
 
-def _stored(key: str, array: np.ndarray | Packed, kind: str | None,
-            dtype: str) -> tuple[Tensor | Packed, Callable[[], np.ndarray]]:  # fmt: skip
-    """(what is written of a weight, what it is as floats when it is read again)"""
+def _stored(key: str, array: np.ndarray | Packed, kind: str | None, dtype: str) -> tuple[Tensor | Packed, Rows]:
+    """(what is written of a weight, and rows of what it is when it is read again)"""
     if kind is not None:
         packed = array if isinstance(array, Packed) and array.kind == kind else quantize(_floats(array), kind, name=key)
-        return packed, lambda: kernels.unpack(packed)
+        return packed, lambda rows: kernels.unpack_rows(np.arange(rows.start, rows.stop), packed)
     values = _floats(array) if isinstance(array, Packed) else array
     word = safetensors.numpy_dtype(STORED[dtype])
-    with np.errstate(over="ignore"):  # refused by the writer
-        return Tensor(values), lambda: values.astype(word).astype(np.float32) if values.ndim == 2 else values
+    return Tensor(values), lambda rows: _rounded(values[rows], word)
+
+
+def _rounded(values: np.ndarray, word: np.dtype[Any]) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # too big for it: the writer says so
+        return np.nan_to_num(values.astype(word).astype(values.dtype))
 
 
 def _floats(weight: Any) -> np.ndarray:

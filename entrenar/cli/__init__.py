@@ -30,9 +30,12 @@ VERBS = {
     "resume": "entrenar.cli.resume",
     "plan": "entrenar.cli.plan",
     "generate": "entrenar.cli.generate",
+    "chat": "entrenar.cli.chat",
     "eval": "entrenar.cli.evaluate",
     "data": "entrenar.cli.data",
     "inspect": "entrenar.cli.inspect",
+    "merge": "entrenar.cli.merge",
+    "quantize": "entrenar.cli.quantize",
     "export": "entrenar.cli.export",
     "doctor": "entrenar.cli.doctor",
     "completion": "entrenar.cli.completion",
@@ -41,22 +44,17 @@ CONFIGURED = ("train", "finetune", "resume", "plan", "data")  # those that take 
 
 DONE, FAILED, UNUSABLE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 
-HELP = """usage: entrenar COMMAND [OPTIONS]
-
-Trains LLaMA-family models on ordinary CPUs.
+HELP = """usage: entrenar COMMAND [OPTIONS]     LLaMA-family models on ordinary CPUs
 
 {verbs}
 
-  entrenar COMMAND --help   options and an example
-  entrenar --version        which one this is
-
+entrenar COMMAND --help has options and an example; entrenar --version which one
 examples:
   entrenar train --data.source book.txt --budget 20m
   entrenar finetune --base.model Llama-3.2-1B --data.source chats.jsonl
-
-Exit codes: 0 done; 1 failed on the way; 2 the command line, the configuration
-or a file cannot be used; 130 Ctrl-C, 143 SIGTERM (a training run has saved);
-141 the reader of a pipe went away. ENTRENAR_TRACEBACK=1 shows where it failed."""
+Exit codes: 0 done; 1 failed on the way; 2 the command line, configuration or a
+file cannot be used; 130 Ctrl-C, 143 SIGTERM (a training run has saved); 141 the
+reader of a pipe went away. ENTRENAR_TRACEBACK=1 shows where it failed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,10 +169,11 @@ UNUSABLES = (
     ("entrenar.training.option", "ConfigError"),
     ("entrenar.data", "CorpusError"),
     ("entrenar.data", "TokenizerError"),
+    ("entrenar.data.chat", "TemplateError"),
     ("entrenar.training.checkpoint", "CheckpointError"),
     ("entrenar.formats", "FormatError"),
 )
-FAILURES = (("entrenar.training.trainer", "TrainingError"),)
+FAILURES = (("entrenar.training.trouble", "TrainingError"),)
 
 
 def loaded(errors: Sequence[tuple[str, str]]) -> tuple[type[BaseException], ...]:

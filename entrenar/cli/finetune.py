@@ -8,10 +8,10 @@ from entrenar.cli.configuration import Override, add_config
 from entrenar.cli.train import add_start, begin
 
 NAME = "finetune"
-HELP = "fine-tune a model on your own conversations, with LoRA or QLoRA"
+HELP = "fine-tune a model on your own conversations: LoRA, QLoRA"
 EXAMPLE = """
-entrenar finetune --base.model Llama-3.2-1B --data.source chats.jsonl --out runs/x
-entrenar finetune --base.model Llama-3.2-1B --base.storage nf4 --data.source chats/
+entrenar finetune --base.model Llama-3.2-1B --data.source chats.jsonl
+entrenar finetune --base.model llama/ --base.storage nf4 --data.source chats/
 """
 
 

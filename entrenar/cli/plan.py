@@ -12,7 +12,7 @@ HELP = "say what a run would need: every buffer, the peak, and whether it fits"
 EXAMPLE = """
 entrenar plan examples/llama2/configs/124m.toml
 entrenar plan --model.hidden_size 512 --training.batch_size 4
-entrenar plan --base.model Llama-3.2-1B --base.storage nf4 --data.source chats.jsonl
+entrenar plan --base.model llama/ --base.storage nf4 --data.source chats.jsonl
 """
 
 

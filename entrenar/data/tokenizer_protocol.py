@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
     vocab_size   every id is below it
     end_id       the token that ends a document
     begin_id     the token a text begins with, None where it begins with none
-    special      the tokens that `encode_special` finds in a text, by how they are spelled
+    special      the special tokens, which `encode_special` finds in a text, by how they are spelled
     files        what lay beside the tokenizer, by name: settings, chat templates (data/chat); `save` writes it too
 
     cut(text, at) is a place, at <= place < len(text), where a text may be cut: the tokens of both parts, joined, are

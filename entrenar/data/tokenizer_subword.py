@@ -95,7 +95,7 @@ class SubwordTokenizer:
 
     @functools.cached_property
     def special(self) -> Mapping[str, int]:
-        return {token.content: i for i, token in self.inner.get_added_tokens_decoder().items()}
+        return {text: i for i in sorted(self._special) if (text := self.inner.id_to_token(i))}
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """Token ids (n,) of all documents, an end token after each; on all cores."""
@@ -148,8 +148,12 @@ class SubwordTokenizer:
     @functools.cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
         """The same tokenizer, in whose texts special tokens are special tokens."""
+        from tokenizers import AddedToken
+
         other = type(self.inner).from_str(self.inner.to_str())
         other.encode_special_tokens = False
+        # as transformers does with those that only the files beside it name
+        other.add_special_tokens([AddedToken(text, normalized=False) for text in self.special])
         return other
 
     def _ids(self, inner: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:

@@ -57,9 +57,19 @@ class Saveable(Protocol):
 # Reading
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the model in a folder. Raises FormatError where there is none, or one entrenar does not know."""
-    return LlamaConfig.from_dict(config_values(folder), where=str(Path(folder) / CONFIG))
+def read_config(folder: str | Path, *, trainable: bool = False) -> LlamaConfig:
+    """The shape of the model in a folder. Raises FormatError where there is none, or one entrenar does not know.
+
+    trainable   refuse a model that bitsandbytes quantized, too: its weights are frozen
+    """
+    values = config_values(folder)
+    config = LlamaConfig.from_dict(values, where=str(Path(folder) / CONFIG))
+    if trainable and values.get("quantization_config") is not None:
+        raise FormatError(
+            f"{folder}: its weights are quantized (quantization_config in {CONFIG}), and so frozen: there is nothing "
+            "to train; take the model before it was quantized"
+        )
+    return config
 
 
 def config_values(folder: str | Path) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def _loss(record: Record) -> str:
     told += [f"{level.name}: {level.value:.3f}" if record.measure == NATS else
              f"{level.name} reaches {level.value:.3f}" for level in levels]  # fmt: skip
     about = "; ".join(part for part in told if part) + "."
-    return _figure(record, "loss", UNITS[record.measure].capitalize(), about, scale, lines, levels, legend, height=340, named=True)
+    title = UNITS[record.measure].capitalize()
+    return _figure(record, "loss", title, about, scale, lines, levels, legend, height=340, named=True)
 
 
 def _course(name: str, columns: Sequence[Column], form: Callable[[float], str] = "{:.3f}".format) -> str:

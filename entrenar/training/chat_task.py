@@ -15,6 +15,7 @@ import numpy as np
 
 from entrenar.data import Batch, Tokenizer
 from entrenar.data.chat import ChatData, ExampleBatches, Examples, evaluation_batches
+from entrenar.data.chat.packing import MULTIPLE
 from entrenar.llama import Llama, generate
 from entrenar.observe.finite import Place
 from entrenar.observe.record import Record
@@ -23,7 +24,7 @@ from entrenar.training.curve import Curve
 from entrenar.training.display import Heading, HeldOut, clock
 from entrenar.training.evaluate import Evaluation, evaluate_batches, perplexity
 from entrenar.training.finetune_options import FULL, FineTuning
-from entrenar.training.finetune_plan import flops
+from entrenar.training.finetune_plan import Length, flops
 from entrenar.training.machine import Machine
 from entrenar.training.task import Sample
 
@@ -50,7 +51,7 @@ class ChatTask:
         self.write, self.base, self.lines = write, dict(base), lines
         self.context = config.data.max_length
         self.batches = self.check(config, data)
-        self.steps = steps_of(config, data)
+        self.steps = length_of(config, data).steps
         self.flops_per_token = flops(model.config, sum(p.size for p in model.parameters()), self.context)
         self.held_out_tokens = data.facts.held_out_trained
         self.part = part_of(data.held_out, t.eval_tokens)
@@ -195,24 +196,30 @@ class ChatTask:
         return about, [("after", last.loss), *([("before", before.loss)] if before else [])]
 
     def next_commands(self, command: str, run: str, steps: int) -> list[str]:
-        words = run if self.config.adapter.kind == FULL else f"{shlex.quote(self.config.base.model)} --adapter {run}"
+        longer = f"{command} resume {run} --training.steps {2 * steps}  # train it longer"
+        if self.config.adapter.kind == FULL:
+            return [f"{command} chat {run}  # talk to it", longer]
+        base = shlex.quote(self.config.base.model)
         return [
-            f"{command} chat {words}  # talk to it",
-            f"{command} resume {run} --training.steps {2 * steps}  # train it longer",
+            f"{command} chat {base} --adapter {run} --compare  # talk to it, and to the base beside it",
+            f"{command} merge {run} --out tuned  # make it one plain model",
+            longer,
         ]
 
 
-def steps_of(config: FineTuning, data: ChatData) -> int:
-    """How many updates: as many as were asked for, or as see the first epoch's rows `epochs` times."""
-    t = config.training
-    rows = len(ChatTask.check(config, data).rows)
-    return t.steps or max(1, math.ceil(t.epochs * rows / (t.batch_size * t.accumulation) - 1e-9))
+def length_of(config: FineTuning, data: ChatData) -> Length:
+    """By the rows of the first epoch; those of others are like them."""
+    t, batches = config.training, ChatTask.check(config, data)
+    steps = t.steps or max(1, math.ceil(t.epochs * len(batches.rows) / (t.batch_size * t.accumulation) - 1e-9))
+    longest = max(int(batches.needs[row].sum()) for row in batches.rows)
+    trained = data.facts.train_trained / max(1, int(batches.needs.sum()))
+    return Length(steps, min(config.data.max_length, -(-longest // MULTIPLE) * MULTIPLE), min(1.0, trained))
 
 
 def part_of(examples: Examples, tokens: int) -> Examples:
     """Every k-th example, so that about so many tokens are read."""
     every = max(1, examples.tokens // tokens)
-    return examples.chosen(np.arange(0, len(examples), every))
+    return examples.chosen(np.arange(len(examples)) % every == 0)
 
 
 def last_answer(trained: np.ndarray) -> int:

@@ -10,7 +10,10 @@ refuses another one.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +23,19 @@ from entrenar import kernels, random
 from entrenar.adapters import adapt, load_adapter, write_adapter
 from entrenar.data import CorpusError, Tokenizer, load_tokenizer
 from entrenar.data.chat import ChatData, Keys, keep_template, load_template, read_examples
+from entrenar.files import new_file
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training.adapter import lora_config, trial
 from entrenar.training.base import differences, identity_of
-from entrenar.training.chat_task import ChatTask, name_of, steps_of
+from entrenar.training.chat_task import ChatTask, length_of, name_of
 from entrenar.training.checkpoint import Saved, Write, model_files
 from entrenar.training.display import Display, size
 from entrenar.training.finetune_options import FULL, FineTuning
 from entrenar.training.finetune_plan import make_plan
 from entrenar.training.option import ConfigError
 from entrenar.training.plan import Plan
+from entrenar.training.pretrain import DATA
 
 
 def plan(config: FineTuning) -> Plan:
@@ -39,12 +44,15 @@ def plan(config: FineTuning) -> Plan:
 
 
 def begin(config: FineTuning, run: Path, display: Display, *, force: bool) -> tuple[ChatTask, dict[str, Any]]:
-    """What a new run trains, and its plan. Makes no folder."""
+    """What a new run trains, and its plan. Makes no folder but DATA."""
     shape = base_shape(config)
     trial(config, shape)  # what an adapter cannot be, is said before anything takes its time
     make_plan(config, shape).accepted(None, force=force)
-    data = examples(config, display)
-    planned = make_plan(config, shape, data, steps=steps_of(config, data)).accepted(display, force=force)
+    with contextlib.ExitStack() as failed:
+        failed.callback(forget_standard_input, run)
+        data = examples(config, run, display)
+        planned = make_plan(config, shape, length_of(config, data)).accepted(display, force=force)
+        failed.pop_all()
     kernels.keep_freed_memory()
     random.seed(config.training.seed)
     display.doing("reading the model")
@@ -59,7 +67,7 @@ def go_on(config: FineTuning, run: Path, saved: Saved, display: Display, *,
     """The same of a run that goes on from a checkpoint. Raises ConfigError for another base, CorpusError for other
     data."""
     config = the_same_base(config, saved)
-    data = examples(config, display)
+    data = examples(config, run, display)
     if data.identity != saved.state["data"]["identity"]:
         raise CorpusError(
             f"data.source: {config.data.source!r} no longer gives the tokens this run was trained on (its rows, the "
@@ -67,7 +75,7 @@ def go_on(config: FineTuning, run: Path, saved: Saved, display: Display, *,
             "another run"
         )
     shape = base_shape(config)
-    planned = make_plan(config, shape, data, steps=steps_of(config, data)).accepted(display, force=force)
+    planned = make_plan(config, shape, length_of(config, data)).accepted(display, force=force)
     kernels.keep_freed_memory()
     display.doing("reading the model")
     if config.adapter.kind == FULL:
@@ -101,8 +109,8 @@ def files(config: FineTuning, model: Llama, tokenizer: Tokenizer) -> Write:
 def about(config: FineTuning, model: Llama) -> Iterator[str]:
     """What the lines above the first step say of base and adapter."""
     shape, a = model.config, config.adapter
-    weights: dict[int, Any] = {id(w): w for w in (*(w for _, w in model.named_packed()), *(t.data for _, t in model._named_tensors()))}
-    held = sum(weight.nbytes for weight in weights.values())
+    weights: list[Any] = [w for _, w in model.named_packed()] + [tensor.data for _, tensor in model._named_tensors()]
+    held = sum({id(weight): weight.nbytes for weight in weights}.values())
     stored = f", held as {config.base.storage}" if config.base.storage != "auto" else ""
     yield (
         f"base     {name_of(config.base.model)}: {shape.parameter_count():,} parameters in {shape.num_hidden_layers} "
@@ -124,7 +132,7 @@ def base_shape(config: FineTuning) -> LlamaConfig:
     """The base's shape. Raises FormatError where there is no model that can be read, ConfigError where its context is
     shorter than the rows."""
     folder = config.base.folder
-    shape = read_shape(folder)
+    shape = read_shape(folder, trainable=config.adapter.kind == FULL)
     if config.data.max_length > shape.max_position_embeddings:
         raise ConfigError(
             f"data.max_length = {config.data.max_length}: the model in {folder} has positions for "
@@ -140,7 +148,7 @@ def base_model(config: FineTuning) -> Llama:
                                  checkpointing=config.training.activation_checkpointing)  # fmt: skip
 
 
-def examples(config: FineTuning, display: Display) -> ChatData:
+def examples(config: FineTuning, run: Path, display: Display) -> ChatData:
     """The rows as tokens, by the base's tokenizer and chat template.
 
     Raises CorpusError, TokenizerError, TemplateError; ConfigError where tokenizer and model do not belong together, or
@@ -158,7 +166,7 @@ def examples(config: FineTuning, display: Display) -> ChatData:
     keep_template(tokenizer, template)  # whoever loads a checkpoint writes conversations the same way
     display.doing(f"reading {d.source}")
     data = read_examples(
-        d.source,
+        str(standard_input(run / DATA)) if d.source == "-" else d.source,
         tokenizer,
         template=template,
         train_on=d.train_on,
@@ -170,12 +178,29 @@ def examples(config: FineTuning, display: Display) -> ChatData:
     )
     if not len(data.held_out):
         raise ConfigError(
-            f"data.source: {d.source!r} has {data.facts.train_examples:,} row to train on and none to hold out: give "
-            "at least two, or a folder with train.jsonl and valid.jsonl"
+            f"data.source: {d.source!r}: nothing can be held out of {data.facts.train_examples:,} rows (equal ones "
+            "stay together): give at least two that differ, or a folder with train.jsonl and valid.jsonl"
         )
     for note in data.facts.notes:
         display.note(note)
     return data
+
+
+def standard_input(folder: Path) -> Path:
+    """What came on standard input, kept in the run's folder: nobody has to pipe it in again."""
+    kept = folder / "rows.jsonl"
+    if not kept.exists():
+        with new_file(kept) as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    return kept
+
+
+def forget_standard_input(run: Path) -> None:
+    """Of a run that cannot begin nothing is left, so that the same command can be given again."""
+    if not (run / "config.toml").exists():  # else it was killed before its first checkpoint, and begins again
+        shutil.rmtree(run / DATA, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            run.rmdir()
 
 
 def the_same_base(config: FineTuning, saved: Saved) -> FineTuning:

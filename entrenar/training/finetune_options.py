@@ -35,7 +35,10 @@ class Base:
 
     @property
     def folder(self) -> Path:
-        return Path(os.path.expanduser(self.model))
+        """Where it is; of a run of `entrenar train`, its newest checkpoint."""
+        named = Path(os.path.expanduser(self.model))
+        newest = named / "checkpoint"
+        return newest.resolve() if not (named / "config.json").exists() and newest.is_dir() else named
 
     @property
     def how(self) -> str:

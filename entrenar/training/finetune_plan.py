@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from entrenar import kernels
-from entrenar.data.chat import ChatData
 from entrenar.formats import FormatError, safetensors
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.packed import kind_of, storage_of
@@ -20,6 +20,7 @@ from entrenar.llama.pretrained import config_values, open_weights
 from entrenar.nn import unfilled
 from entrenar.quant import bitsandbytes
 from entrenar.training.adapter import short, trial
+from entrenar.training.advice import Changes, ladders, with_changes
 from entrenar.training.display import size
 from entrenar.training.finetune_options import FULL, FineTuning
 from entrenar.training.finetune_rehearsal import FineRehearsal, held_bytes
@@ -30,52 +31,59 @@ from entrenar.training.plan import (
     TOKENIZER,
     Arrays,
     Buffer,
-    Changes,
     Plan,
     arrays_of,
     buffers_of,
     extrapolated,
-    ladders,
-    measured_program,
     own_mapping,
     planned,
     preparing,
     with_advice,
-    with_changes,
 )
+from entrenar.training.program import measured_program
 from entrenar.training.rehearsal import ADAPTERS, WEIGHTS, Rehearsal
 
 
-def make_plan(config: FineTuning, shape: LlamaConfig, data: ChatData | None = None, *, steps: int = 0) -> Plan:
-    """Plan a run of `config` on a base of this shape.
+@dataclass(frozen=True)
+class Length:
+    """What the rows make of a run: how many steps, how many tokens the longest row has, which share is trained."""
 
-    data    what will be trained on, read already; none: the rows are still to be read
-    steps   of the run; 0: not known yet
+    steps: int
+    tokens: int
+    trained: float
+
+
+def make_plan(config: FineTuning, shape: LlamaConfig, length: Length | None = None) -> Plan:
+    """Plan a run of `config` on a base of this shape; without its length the rows are still to be read.
+
     Raises ConfigError for an adapter that cannot be.
     """
-    t, d = config.training, config.data
-    tried, program = trial(config, shape), measured_program()
-    arrays = predicted(config, shape)
+    t, tried, program = config.training, trial(config, shape), measured_program()
+    share = length.trained if length else 1.0
+    context = length.tokens if length else config.data.max_length
+    config = with_changes(config, {"data.max_length": context})
+    arrays = predicted(config, shape, share)
     beside = [Buffer(PROGRAM, program, "measured here")]
-    if data is None:
+    if length is None:
         beside.append(Buffer(TOKENIZER, TOKEN_BYTES * shape.vocab_size))
     kind = "float32" if config.adapter.kind == FULL else config.base.storage
     notes = {
         WEIGHTS: f"{shape.parameter_count():,} parameters, " + ("as stored" if kind == "auto" else kind),
         ADAPTERS: f"{tried.trained:,} parameters",
     }
+    buffers = beside + buffers_of(arrays, shape, batch=t.batch_size, context=context, notes=notes)
     plan = planned(
-        beside + buffers_of(arrays, shape, batch=t.batch_size, context=d.max_length, notes=notes),
+        buffers,
         mapped=0,
-        preparing=0 if data is None else preparing([], None),
+        preparing=0 if length is None else preparing(buffers, None),
         shape=shape,
         batch=t.accumulation * t.batch_size,
-        context=d.max_length,
-        steps=steps or t.steps or 0,
-        flops_per_token=flops(shape, tried.trained, d.max_length),
+        context=context,
+        steps=length.steps if length else t.steps or 0,
+        flops_per_token=flops(shape, tried.trained, context),
     )
     last = f"a smaller model: the weights of this one alone are {size(arrays.parts[WEIGHTS])}"
-    return with_advice(plan, ways(config), lambda changes: predicted(with_changes(config, changes), shape).bytes,
+    return with_advice(plan, ways(config), lambda changes: predicted(with_changes(config, changes), shape, share).bytes,
                        arrays.bytes, fixed=0, last=last)  # fmt: skip
 
 
@@ -85,12 +93,12 @@ def flops(shape: LlamaConfig, trained: int, context: int) -> int:
     return whole if trained >= shape.parameter_count() else whole * 2 // 3 + 6 * trained
 
 
-def predicted(config: FineTuning, shape: LlamaConfig) -> Arrays:
-    """Rehearse the run."""
-    return extrapolated(lambda shape: arrays_of(rehearsal(config, shape)), shape)
+def predicted(config: FineTuning, shape: LlamaConfig, trained: float = 1.0) -> Arrays:
+    """Rehearse the run, this share of whose tokens are trained."""
+    return extrapolated(lambda shape: arrays_of(rehearsal(config, shape, trained)), shape)
 
 
-def rehearsal(config: FineTuning, shape: LlamaConfig) -> Rehearsal:
+def rehearsal(config: FineTuning, shape: LlamaConfig, trained: float) -> Rehearsal:
     """The run's arrays, still to be rehearsed."""
     t = config.training
     if config.adapter.kind == FULL:
@@ -101,7 +109,7 @@ def rehearsal(config: FineTuning, shape: LlamaConfig) -> Rehearsal:
     tried = trial(config, shape)
     return FineRehearsal(
         shape, t.batch_size, config.data.max_length, t.accumulation, t.activation_checkpointing,
-        kernels.get_num_threads(), Heap(own_mapping()), tried.low_rank, tried.whole, held(config, shape),
+        kernels.get_num_threads(), Heap(own_mapping()), tried.low_rank, tried.whole, held(config, shape), trained,
     )  # fmt: skip
 
 
@@ -137,9 +145,6 @@ def ways(config: FineTuning) -> Iterator[list[Changes]]:
         stored = [*([less] if less else []), *({**less, "base.storage": kind} for kind in kinds)]
     yield stored
     yield from ladders(t, "data.max_length", d.max_length)
-    smallest: Changes = (stored[-1] if stored else {}) | (
-        {} if t.activation_checkpointing else {"training.activation_checkpointing": True}
-    )
-    if smallest:
-        for ladder in ladders(t, "data.max_length", d.max_length):
-            yield [smallest | changes for changes in ladder]
+    if stored:  # and the last steps of all of these together
+        last = [ladder[-1] for ladder in ladders(t, "data.max_length", d.max_length) if ladder]
+        yield [stored[-1] | changes for changes in last[1:]]

@@ -1,7 +1,8 @@
 """A fine-tuning run rehearsed without its numbers: rehearsal.py's steps with frozen weights, and adapters beside them.
 
 A frozen weight gets no gradient and no moments, and of what goes into its layer nothing is kept; an adapted layer keeps
-its input, and h = z A^T (N, r). Through blocks below the lowest adapted one no gradient flows: they keep nothing.
+its input, or what dropout made of it, and h = z A^T (N, r). Through blocks below the lowest adapted one no gradient
+flows: they keep nothing.
 """
 
 # N = B T tokens, I in, O out, r rank, C channels, V vocabulary
@@ -15,7 +16,19 @@ from dataclasses import dataclass, field
 from entrenar.kernels.packed import TABLES
 from entrenar.quant.blockwise import PIECE, Q8_0_BLOCK
 from entrenar.training.heap import FLOAT, Array
-from entrenar.training.rehearsal import ADAPTERS, BACKWARD, FORWARD, MOMENTS, WEIGHTS, Rehearsal, scratch_floats
+from entrenar.training.rehearsal import (
+    ADAPTERS,
+    BACKWARD,
+    BLOCK,
+    FORWARD,
+    LAYERS,
+    MOMENTS,
+    WEIGHTS,
+    Rehearsal,
+    scratch_floats,
+)
+
+COLUMNS = 2048  # of a block of csrc/matmul.c.inc
 
 
 @dataclass(frozen=True)
@@ -36,11 +49,13 @@ class FineRehearsal(Rehearsal):
     low_rank   what stands beside which layer: "0.q", "0.gate"
     whole      "embed", "head": trained as a whole, beside the frozen one
     held       bytes of each frozen weight, by name: "embed", "0.norm1", "0.q"
+    trained    share of a batch's tokens that are trained: of the others there are no logits
     """
 
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
     held: Mapping[str, int] = field(default_factory=dict)
+    trained: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,32 +95,42 @@ class FineRehearsal(Rehearsal):
     # ---- forward
 
     def read_again(self, *layers: str) -> bool:
-        return any(layer in self.low_rank for layer in layers)
+        """Adapted ones read it; where there is dropout, what that made of it."""
+        return any(layer in self.low_rank and not self.low_rank[layer].dropout for layer in layers)
 
     def linear(self, name: str, layer: str, inputs: int, outputs: int, *, bias: bool, keep: bool) -> Array:
         take, drop, N, one = self.heap.take, self.heap.drop, self.N, self.low_rank.get(layer)
-        self.scratch(scratch_floats("packed_linear", self.threads, N, inputs))
         if one is None:
             return super().linear(name, layer, inputs, outputs, bias=bias, keep=keep)
-        kept = []
+        kept, saved = [], BLOCK if self.checkpointing else LAYERS
         if one.dropout and keep:
-            drawn, mask = take(name, N, inputs), take(name, -(-N * inputs // FLOAT))
+            drawn, mask = take(FORWARD, N, inputs), take(saved, -(-N * inputs // FLOAT))
             drop(drawn)
-            scaled, dropped = take(name, N, inputs), take(name, N, inputs)
+            scaled, dropped = take(FORWARD, N, inputs), take(saved, N, inputs)
             drop(scaled)
             kept += [mask, dropped]
-        h, y = take(name, N, one.r), take(name, N, outputs)
+        h, y = take(saved if keep else name, N, one.r), take(name, N, outputs)
         kept.append(h)
-        self.scratch(scratch_floats("matmul", self.threads))
+        self.scratch(scratch_floats("packed_linear", self.threads, N, inputs))
         drop(take(name, outputs, one.r))  # B, scaled
         if one.dora:
-            kept.append(y)
+            kept.append(self.heap.rename(y, saved if keep else name))
             y = take(name, N, outputs)
         if keep:
             self.extras[layer] = kept
         else:
             drop(*kept)
         return y
+
+    def scratch(self, floats: int) -> None:
+        """Of what a product of matrices asks for, it touches as many columns as its result has."""
+        product = scratch_floats("matmul", self.threads)
+        widest = max(self.C, self.F, self.Q, self.V if floats > product else 0)
+        super().scratch(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
+
+    def _loss_scratch(self) -> None:
+        rows = max(1, round(self.trained * self.N))
+        self.scratch(scratch_floats("linear_cross_entropy", self.threads, rows, self.C, self.V))
 
     def _drop_block(self, i: int, s: object) -> None:
         super()._drop_block(i, s)  # type: ignore[arg-type]

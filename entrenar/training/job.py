@@ -44,7 +44,7 @@ CONFIG, LOCK = "config.toml", ".lock"
 # What a resumed run may change: nothing that decides what a weight or a batch is.
 CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.epochs", "training.clip_norm",
               "training.on_spike", "training.spike_sigma", "training.activation_checkpointing",
-              "base.model"}  # fmt: skip
+              "training.samples", "base.model"}  # fmt: skip
 CHANGEABLE_BEGINNINGS = ("training.eval_", "training.sample_", "training.report_")
 
 
@@ -73,7 +73,8 @@ def start(config: Run, *, force: bool = False) -> int:
         if str(error) or (run / CONFIG).exists():
             raise
         raise KeyboardInterrupt(
-            "stopped before the first step: there is no run yet; the same command goes on where preparing the text was"
+            "stopped before the first step: there is no run yet; the same command "
+            + ("begins it" if isinstance(config, FineTuning) else "goes on where preparing the text was")
         ) from None
     finally:
         display.close()
@@ -91,7 +92,7 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
         inside = (run.parent / CONFIG).is_file()
         raise CheckpointError(
             f"{run}: no {CONFIG}: this is no run's folder; "
-            + (f"the run is {run.parent}" if inside else "name one, or begin one with `entrenar train`")
+            + (f"the run is {run.parent}" if inside else "name one, or begin one with `entrenar train` or `finetune`")
         )
     config = changed(run, overrides).settled
     config = replace(config, checkpointing=replace(config.checkpointing, out=str(run)))

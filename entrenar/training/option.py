@@ -65,9 +65,9 @@ class Option:
 
     @property
     def items(self) -> type | None:
-        """The type of what is in a list or a table; None where the option is neither, or a table of anything."""
+        """The type of what is in a list or a table; None where the option is neither, or holds anything."""
         parts = typing.get_args(self.type) if isinstance(self.type, types.UnionType) else (self.type,)
-        inside = [typing.get_args(part)[-1] for part in parts if typing.get_args(part)]
+        inside = [args[-1] for part in parts if (args := typing.get_args(part)) and args[-1] in (int, float, str)]
         return inside[0] if inside else int if list in parts else None
 
     def wanted(self) -> str:

@@ -1,8 +1,7 @@
 """What a run needs, said before it starts: every buffer, the peak, whether it fits, what would make it fit, the time.
 
     arrays      rehearsed by shape (rehearsal.py)
-    program     interpreter, libraries and tokenizer: measured in this very process, once it has touched the code that
-                a run touches
+    program     interpreter, libraries and tokenizer: measured in this very process (program.py)
     token file  mapped into memory, page by page as windows are read; the kernel takes these pages back when it needs
                 them, so they are part of the peak but not of what must fit
 
@@ -13,34 +12,30 @@ The whole is compared with the peak of real runs by tests/test_plan.py.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import mmap
 import os
 import platform
-import tempfile
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from entrenar import kernels, optim, random
-from entrenar.data import ByteTokenizer, Prepared, load_tokenizer, train_bpe
+from entrenar import kernels
+from entrenar.data import ByteTokenizer, Prepared, load_tokenizer
 from entrenar.data.batches import FORGET_AFTER
 from entrenar.kernels.memory import LARGEST
-from entrenar.llama import Llama, LlamaConfig, generate
+from entrenar.llama import LlamaConfig
 from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training import machine
-from entrenar.training.curve import Curve
-from entrenar.training.curve import render as draw
+from entrenar.training.advice import Changes, advice, ladders, with_changes
 from entrenar.training.display import Display, clock, size
 from entrenar.training.heap import FLOAT, Heap
 from entrenar.training.option import ConfigError
-from entrenar.training.options import Config, Loop
+from entrenar.training.options import Config
+from entrenar.training.program import measured_program
 from entrenar.training.rehearsal import (
     ADAPTERS,
     BACKWARD,
@@ -66,13 +61,9 @@ ORDER = (WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS, LAYERS, INPUTS, BLOCK, HEAD, LOG
 
 TOKEN_BYTES = 550  # of memory per token of a BPE: measured between 2,048 tokens and 32,000
 READ_AROUND = 64 << 10  # what Linux maps around a page of a file that is touched
-SHORTEST = 32  # tokens of context that advice still proposes
 BAR = 24  # letters
 PREPARING_BYTES = {"bytes": 60 * 10**6, "": 230 * 10**6}  # measured on 4 to 40 MB of text, 2,048 and 32,000 tokens
 MOST_LAYERS = 128  # are rehearsed; each more adds as much as those before
-
-
-C = TypeVar("C", bound=Any)  # a kind of run's options
 
 
 @dataclass(frozen=True)
@@ -216,7 +207,8 @@ def make_plan(config: Config, *, shape: LlamaConfig | None = None, data: Prepare
     )
     fixed = 4 * FLOAT * shape.parameter_count()
     last = f"a smaller [model]: weights, gradients and moments of this one alone are {size(fixed)}"
-    return with_advice(plan, _ladders(config), lambda changes: predicted(with_changes(config, changes), shape).bytes,
+    ways = ladders(t, "training.context", t.context)
+    return with_advice(plan, ways, lambda changes: predicted(with_changes(config, changes), shape).bytes,
                        arrays.bytes, fixed=fixed, last=last)  # fmt: skip
 
 
@@ -335,36 +327,6 @@ def _expected_vocabulary(config: Config) -> int:
     return config.data.vocab_size if name == "bpe" else load_tokenizer(os.path.expanduser(name)).vocab_size
 
 
-def measured_program() -> int:
-    """Bytes this process holds beside the run's arrays: interpreter, libraries, all code that a run goes through."""
-    _go_through_the_code()
-    machine.give_back_memory()
-    return machine.memory_used()
-
-
-@functools.cache  # once in a process
-def _go_through_the_code() -> None:
-    """Train, save and draw something tiny: code becomes resident when it first runs. Leaves no trace but that."""
-    before = random.get_state()
-    shape = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                        num_attention_heads=2, max_position_embeddings=32)  # fmt: skip
-    try:
-        for checkpointing in (False, True):
-            model = Llama(shape, checkpointing=checkpointing)
-            optimizer = optim.AdamW(model.named_parameters())
-            ids = np.arange(2 * 32).reshape(2, 32)
-            model.loss(ids, ids).backward()
-            optimizer.step(grad_scale=optim.clip_scale(optim.global_norm(model.parameters()), 1.0))
-        list(generate(model, [1], max_new_tokens=2, top_p=0.9))
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:  # no room: nothing to go through
-            model.save_pretrained(folder, tokenizer=train_bpe(["a text\n"], vocab_size=260))
-            load_tokenizer(folder).encode("a text")
-    finally:
-        random.set_state(before)
-    draw(Curve("", "", [(1, 2.0), (2, 1.0)], [(2, 1.0)], [("", 1.0)], size=(64, 48)))
-    from rich import live, panel, progress_bar, table  # noqa: F401  (what the display draws with)
-
-
 def tokenizer_bytes(config: Config, shape: LlamaConfig) -> int:
     return 0 if config.data.tokenizer == "bytes" else TOKEN_BYTES * shape.vocab_size
 
@@ -403,76 +365,19 @@ def preparing_bytes(config: Config) -> int:
     return PREPARING_BYTES.get(config.data.tokenizer, PREPARING_BYTES[""])
 
 
-# ---- what would need less
-
-
-Changes = dict[str, Any]  # "section.name" -> another value
-
-
-def with_changes(config: C, changes: Mapping[str, Any]) -> C:
-    """The configuration with other values of some options."""
-    for name, value in changes.items():
-        section, _, key = name.partition(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
-    return config
-
-
 def with_advice(plan: Plan, ladders: Iterable[list[Changes]], arrays_with: Callable[[Changes], int], arrays: int, *,
                 fixed: int, last: str) -> Plan:  # fmt: skip
-    """The plan; where it exceeds this machine, or what is free of it now, with what would need less.
+    """The plan; where it exceeds this machine, or what is free of it now, with what would need less (see advice.py).
 
-    ladders       ways to need less, each in steps from small to large; those that cost least come first
     arrays_with   bytes of the arrays after changes; `arrays` as it is
-    fixed         bytes that no change saves, beside the program; `last` what to say where nothing is enough
     """
     room = plan.limit if not plan.fits else plan.available
     if plan.needed <= room:
         return plan
-    beside, known = plan.needed - arrays, dict[tuple[Any, ...], int]()
-
-    def need(changes: Changes) -> int:
-        key = tuple(changes.items())
-        if key not in known:
-            known[key] = beside + arrays_with(changes)
-        return known[key]
-
-    fitting, nearest = [], []
-    for ladder in filter(None, ladders):
-        first = len(ladder) - 1 if fixed > room else 0  # where nothing can fit, the last step comes nearest
-        step = bisect_left(ladder, True, first, key=lambda changes: need(changes) <= room)
-        changes = ladder[min(step, len(ladder) - 1)]
-        bytes_ = need(changes)
-        words = ", ".join(f"{name} = {str(value).lower()}" for name, value in changes.items())
-        if bytes_ <= room:
-            fitting.append(f"{words}: {size(bytes_)}, fits")
-        elif bytes_ < plan.needed:
-            nearest.append((bytes_, f"{words}: {size(bytes_)}, too much"))
-    return replace(plan, advice=fitting or [*(line for _, line in sorted(nearest)[:2]), last])
-
-
-def _ladders(config: Config) -> Iterator[list[Changes]]:
-    """Ways to need less, each in steps from small to large; the ways that cost least come first."""
-    t = config.training
-    yield from ladders(t, "training.context", t.context)
-
-
-def ladders(t: Loop, context: str, tokens: int) -> Iterator[list[Changes]]:
-    """What any kind of run can do; `context` is the option that says how many tokens are in a row, `tokens` its
-    value."""
-    halves = [{"training.batch_size": t.batch_size >> n, "training.accumulation": t.accumulation << n}
-              for n in range(1, 64) if t.batch_size >> n << n == t.batch_size]  # fmt: skip
-    recompute = [] if t.activation_checkpointing else [{"training.activation_checkpointing": True}]
-    shorter: list[Changes] = [{context: tokens >> n} for n in range(1, 64) if tokens >> n >= SHORTEST]
-    smallest: Changes = {}
-    for way in (recompute, halves):
-        smallest |= way[-1] if way else {}
-    yield list(halves)  # the same update, in smaller parts
-    yield list(recompute)  # the same update, a third slower
-    if recompute and halves:
-        yield [recompute[0] | half for half in halves]
-    yield shorter  # another model: it sees less at a time
-    if smallest:
-        yield [smallest | short for short in shorter]
+    beside = plan.needed - arrays
+    told = advice(ladders, lambda changes: beside + arrays_with(changes), needed=plan.needed, room=room, fixed=fixed,
+                  last=last)  # fmt: skip
+    return replace(plan, advice=told)
 
 
 # ---- for people

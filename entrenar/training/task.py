@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from entrenar.data import Batch
 from entrenar.llama import Llama
 from entrenar.observe.finite import Place
+from entrenar.training.display import HeldOut
 
 if TYPE_CHECKING:
     from entrenar.training.curve import Curve
-    from entrenar.training.display import Heading, HeldOut
+    from entrenar.training.display import Heading
     from entrenar.training.evaluate import Evaluation
     from entrenar.training.machine import Machine
     from entrenar.training.trainer import Trainer
@@ -33,6 +34,19 @@ class Sample:
     prompt: str
     text: str
     wanted: str = ""
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a model that is trained further was like before the first step."""
+
+    look: HeldOut
+    samples: list[Sample]
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Before:
+        """As a checkpoint keeps it."""
+        return Before(HeldOut(**state["look"]), [Sample(**sample) for sample in state["samples"]])
 
 
 class Task(Protocol):

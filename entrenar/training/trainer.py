@@ -10,43 +10,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from entrenar import kernels, optim, random
+from entrenar import optim, random
 from entrenar.data import Batch
 from entrenar.llama import Llama
-from entrenar.observe.finite import Place, Replay, explain
+from entrenar.observe.finite import Place, Replay
 from entrenar.training import budget, machine
-from entrenar.training.checkpoint import BEST, NEWEST, Saved, save_step
+from entrenar.training.checkpoint import Saved, save_step
 from entrenar.training.display import Display, HeldOut, Report
 from entrenar.training.finetune_options import FineTuning
 from entrenar.training.metrics import Metrics
 from entrenar.training.options import Config
 from entrenar.training.signals import Requests
 from entrenar.training.spikes import SpikeWatch
-from entrenar.training.task import Sample, Task
-
-
-@dataclass(frozen=True)
-class Before:
-    """What a model that is trained further was like before the first step."""
-
-    look: HeldOut
-    samples: list[Sample]
-
-    @staticmethod
-    def of(state: Mapping[str, Any]) -> Before:
-        """As a checkpoint keeps it."""
-        return Before(HeldOut(**state["look"]), [Sample(**sample) for sample in state["samples"]])
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what may help."""
+from entrenar.training.task import Before, Sample, Task
+from entrenar.training.trouble import (
+    TrainingError,
+    kept,
+    not_finite,
+    smaller_steps,
+    spike_words,
+    stop_for_spike,
+    weights_must_be_finite,
+)
 
 
 def accumulate_gradients(model: Llama, micro_batches: Sequence[Batch]) -> tuple[float, int]:
@@ -115,7 +107,7 @@ class Trainer:
             loss, tokens = accumulate_gradients(self.model, micro_batches)
             norm = optim.global_norm(self.model.parameters())
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._not_finite(loss, norm, Replay(micro_batches, [place for _, place in batches]))
+                not_finite(self, loss, norm, Replay(micro_batches, [place for _, place in batches]))
             self._watch_for_spikes(loss)
             lr = self.learning_rate()
             self.optimizer.step(lr=lr, grad_scale=optim.clip_scale(norm, self.config.training.clip_norm))
@@ -128,6 +120,14 @@ class Trainer:
     def _micro_batches(self) -> list[tuple[Batch, Place]]:
         """Those of one step, each with where its tokens come from."""
         return [self.task.next() for _ in range(self.config.training.accumulation)]
+
+    def _watch_for_spikes(self, loss: float) -> None:
+        """Tell of a loss far above its recent course, or stop, as training.on_spike says."""
+        how, mean, far = self.config.training.on_spike, self.spikes.mean, self.spikes.see(loss)
+        if far and how == "warn":
+            self.warn(spike_words(self, loss, mean, far))
+        elif far and how == "stop":
+            stop_for_spike(self, spike_words(self, loss, mean, far))
 
     def _between_steps(self) -> None:
         """What is due after a step: a look at held-out text, a checkpoint, another plan."""
@@ -173,7 +173,7 @@ class Trainer:
         if not math.isfinite(seen.loss):
             what = f"the held-out loss is {seen.loss}, though that of training was finite"
             self.log("error", step=self.step, text=what)
-            raise TrainingError(f"step {self.step}: {what}; {self._kept()}. {self._smaller_steps()}")
+            raise TrainingError(f"step {self.step}: {what}; {kept(self.run)}. {smaller_steps(self.config)}")
         self.looks.append(seen)
         self.log("held_out", **asdict(seen))
         self.display.held_out(seen)
@@ -259,7 +259,7 @@ class Trainer:
     def save(self, *, best: bool = False) -> Path:
         """Write a checkpoint of this step. Raises TrainingError rather than save weights that are not finite."""
         self.display.doing("saving a checkpoint")
-        self._weights_must_be_finite()
+        weights_must_be_finite(self)
         start, self.requests.save = time.perf_counter(), False
         self.metrics.sync()
         folder = save_step(
@@ -362,60 +362,3 @@ class Trainer:
         looks = self.steps // every - self.step // every if every else 0
         seen = self.looks[-1]
         return steps + seen.seconds * (looks + self.task.held_out_tokens / max(1, seen.tokens))
-
-    # -- when something is wrong
-
-    def _watch_for_spikes(self, loss: float) -> None:
-        t = self.config.training
-        mean, far = self.spikes.mean, self.spikes.see(loss)
-        if not far or t.on_spike == "ignore":
-            return
-        what = (
-            f"step {self.step + 1}: the loss is {loss:.4f}, {far:.1f} standard deviations above its recent mean of "
-            f"{mean:.4f} (training.spike_sigma = {t.spike_sigma:g})"
-        )
-        if t.on_spike == "warn":
-            self.warn(what)
-            return
-        self.model.zero_grad()
-        self.log("error", step=self.step + 1, text=what)
-        raise TrainingError(
-            f"{what}; the weights were not updated, {self._kept()}. `entrenar resume {self.run}` goes on from there: "
-            "with --training.on_spike warn through this step, or with a smaller --lr_schedule.learning_rate"
-        )
-
-    def _not_finite(self, loss: float, norm: float, replay: Replay) -> NoReturn:
-        what = (
-            f"the loss is {loss}"
-            if not math.isfinite(loss)
-            else f"the gradient's norm is {norm} (loss {loss:.4f})"
-        )
-        self.display.doing("computing the step again, with checks")
-        found = explain(self.model, replay)
-        self.model.zero_grad()
-        self.log("error", step=self.step + 1, loss=str(loss), grad_norm=str(norm), text=f"{what}; {found}")
-        raise TrainingError(
-            f"step {self.step + 1}: {what}; {found}. The weights were not updated, {self._kept()}. "
-            + self._smaller_steps()
-        )
-
-    def _smaller_steps(self) -> str:
-        return (
-            f"A smaller --lr_schedule.learning_rate (now {self.config.lr_schedule.peak:g}), a longer "
-            "--lr_schedule.warmup_steps or --training.clip_norm may help"
-        )
-
-    def _weights_must_be_finite(self) -> None:
-        for name, p in self.model.named_parameters():
-            if not math.isfinite(kernels.sum_of_squares(p.data)) and not np.isfinite(p.data).all():
-                self.log("error", step=self.step, text=f"{name} is not finite")
-                raise TrainingError(
-                    f"step {self.step}: the update made {name} infinite or not a number; nothing was saved of it, "
-                    f"{self._kept()}. A smaller --lr_schedule.learning_rate may help"
-                )
-
-    def _kept(self) -> str:
-        for name in (NEWEST, BEST):
-            if (self.run / name).exists():
-                return f"the last checkpoint is {(self.run / name).resolve().name} in {self.run}"
-        return "no checkpoint was written yet (--checkpointing.every)"

@@ -203,9 +203,10 @@ def config_names() -> Iterator[Case]:
         ["mlp"],
         ["lm_head\n"],
     )
+    harmless: tuple[Any, ...] = ("q_proj", ["layers"], ["mlp"], ["nothing"], ["q_proj."], [".q_proj"])
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         for what, value in others(FIELDS.get(key), *wrong, "q_proj", "(", GONE if key == "modules_to_save" else 0):
-            free = key == "exclude_modules" and value in ("q_proj", ["layers"], ["mlp"])
+            free = key == "exclude_modules" and value in harmless
             yield case(f"{key} = {what}", {CONFIG: config_of(**{key: value})}, names="adapter", may_load=free)
     for what, value in others(None, True, -1, 2, [2], [-1], [0.5], ["0"], "0", {}, 1 << 70, list(range(5000)), [[0]]):
         yield case(f"layers_to_transform = {what}", {CONFIG: config_of(layers_to_transform=value)}, names="adapter")

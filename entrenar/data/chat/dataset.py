@@ -133,7 +133,7 @@ def _split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examp
         wanted += 1
     held_out = np.zeros(count, bool)
     held_out[order[: wanted if wanted < count else 0]] = True
-    return examples.chosen(np.flatnonzero(~held_out)), examples.chosen(np.flatnonzero(held_out))
+    return examples.chosen(~held_out), examples.chosen(held_out)
 
 
 @dataclass
@@ -163,6 +163,7 @@ class _Reader:
     unended: int = 0
     twice: bool = False  # a row began with two beginnings
     spelled: int = 0  # conversations in which somebody spells a special token
+    unseen: int = 0  # conversations with tools of which the template says nothing
 
     def __post_init__(self) -> None:
         self.special: re.Pattern[str] = special_pattern(self.tokenizer)
@@ -186,8 +187,10 @@ class _Reader:
         if self.twice:
             yield TWO_BEGINNINGS
         if self.spelled:
-            yield (f"{self.spelled:,} conversations spell a special token in what somebody says: it becomes that "
-                   "token, as in transformers")  # fmt: skip
+            yield (f"conversations in which somebody spells a special token: {self.spelled:,}; it becomes that token, "
+                   "as in transformers")  # fmt: skip
+        if self.unseen:
+            yield f"conversations with tools, which this template does not tell the model of: {self.unseen:,}"
         if any("strftime_now" in source for source in self.template.templates.values()):
             yield "the template writes today's date: tomorrow the same rows give other tokens"
         if self.template.origin == OWN and any("messages" in s or "instruction" in s for s in self.shapes):
@@ -205,13 +208,15 @@ class _Reader:
                         self._problem(f"{file} line {found.number:,} {error}")
                         continue
                     self.shapes[found.row.shape] += 1
-                    self.spelled += isinstance(found.row, ChatRow) and self._spells(found.row)
+                    if isinstance(found.row, ChatRow):
+                        self._look_at(found.row)
                     yield _Waiting(row, number, found.number)
                 if len(self.problems) >= MOST_PROBLEMS and not self.skip_bad:
                     return
 
-    def _spells(self, row: ChatRow) -> bool:
-        return any(self.special.search(message.get("content", "")) for message in row.messages)
+    def _look_at(self, row: ChatRow) -> None:
+        self.spelled += any(self.special.search(message.get("content", "")) for message in row.messages)
+        self.unseen += row.tools is not None and "tools" not in self.template.source(row.tools)
 
     def _problem(self, words: str) -> None:
         self.skipped += 1

@@ -37,7 +37,7 @@ class Examples:
         nowhere = np.zeros(len(made), np.int64)
         ids, trained = [one.ids for one in made], [one.trained for one in made]
         return Examples(
-            np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32),
+            np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32, copy=False),
             np.concatenate([np.zeros(0, bool), *trained]),
             np.concatenate([[0], np.cumsum([len(row) for row in ids], dtype=np.int64)]).astype(np.int64),
             nowhere.astype(np.int32),
@@ -71,16 +71,17 @@ class Examples:
         file = int(self.files[number])
         return f"{self.names[file]} line {self.lines[number]:,}" if file < len(self.names) else f"example {number:,}"
 
-    def chosen(self, numbers: np.ndarray) -> Examples:
-        """Only these examples, in this order."""
-        starts, lengths = self.offsets[numbers], self.lengths[numbers]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        at = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Examples(self.ids[at], self.trained[at], offsets, self.files[numbers], self.lines[numbers], self.names)
+    def chosen(self, which: np.ndarray) -> Examples:
+        """Only the examples for which `which` (n,) is true."""
+        tokens = np.repeat(which, self.lengths)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[which])]).astype(np.int64)
+        return Examples(
+            self.ids[tokens], self.trained[tokens], offsets, self.files[which], self.lines[which], self.names
+        )
 
     def digests(self, seed: int = 0) -> np.ndarray:
         """(n,) uint64, a hash of each: equal where the tokens and what is trained of them are."""
-        key = seed.to_bytes(8, "little")
+        key = (seed % 2**64).to_bytes(8, "little")
         ids, trained = self.ids.view(np.uint8).data, self.trained.view(np.uint8).data
         found = np.zeros(len(self), np.uint64)
         for i, (a, b) in enumerate(zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)):
