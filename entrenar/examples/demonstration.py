@@ -12,7 +12,7 @@ import argparse
 import os
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -26,6 +26,7 @@ from entrenar.examples.demo_task import answers, exact_match, write_rows
 from entrenar.examples.train_base import BASE
 from entrenar.llama import Llama
 from entrenar.training.machine import memory_peak
+from entrenar.training.summary import command_name
 
 # What the demonstrations change of the defaults, which are for larger bases: a small one needs, and bears, larger steps
 OPTIONS = {
@@ -67,7 +68,7 @@ def demonstrate(name: str, storage: str, arguments: Sequence[str] | None = None)
     print(f"\nexact match before: {before:.1%}\n")
 
     words = _words(out, storage, more)
-    print(f"$ entrenar {shlex.join(words)}\n", flush=True)
+    print(f"$ {command_name()} {shlex.join(words)}\n", flush=True)
     if code := entrenar(words):
         return Outcome(code, before, 0.0)
 
@@ -82,9 +83,8 @@ def demonstrate(name: str, storage: str, arguments: Sequence[str] | None = None)
     print(f"adapter  {adapter}, {size / 1e6:.2f} MB; {count(model)}")
     print(f"took     {time.perf_counter() - began:.0f} seconds, {time.process_time():.0f} of processor time, "
           f"{memory_peak() / 1e6:.0f} MB of memory at most")  # fmt: skip
-    run, merged = shlex.quote(str(out / "run")), shlex.quote(str(out / "merged"))
-    print(f"next     entrenar merge {run} --out {merged}  # base and adapter as one plain model")
-    print(f"         entrenar generate {merged} --temperature 0 --prompt $'Valid until May 4th, 1999.\\n'")
+    for line in _next(out):
+        print(line)
     return Outcome(0, before, after)
 
 
@@ -108,6 +108,13 @@ def _words(out: Path, storage: str, more: Sequence[str]) -> list[str]:
     words = ["finetune", "--base.model", os.path.relpath(BASE), "--base.storage", storage,
              "--data.source", str(out / "rows"), "--out", str(out / "run")]  # fmt: skip
     return words + [word for key, value in OPTIONS.items() for word in (f"--{key}", str(value))] + list(more)
+
+
+def _next(out: Path) -> Iterator[str]:
+    """Commands worth trying."""
+    base, run, merged = (shlex.quote(str(path)) for path in (os.path.relpath(BASE), out / "run", out / "merged"))
+    yield f"next     {command_name()} generate {base} --adapter {run} --temperature 0 --prompt $'Due May 4th, 1999\\n'"
+    yield f"         {command_name()} merge {run} --out {merged}  # base and adapter as one plain model"
 
 
 def _show(heading: Sequence[str], lines: Iterable[tuple[str, ...]]) -> None:
