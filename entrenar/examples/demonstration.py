@@ -24,6 +24,7 @@ from entrenar.cli import told
 from entrenar.data import load_tokenizer
 from entrenar.examples.demo_task import answers, exact_match, write_rows
 from entrenar.examples.train_base import BASE
+from entrenar.formats import FormatError
 from entrenar.llama import Llama
 from entrenar.training.machine import memory_peak
 from entrenar.training.summary import command_name
@@ -49,7 +50,7 @@ def run(name: str, storage: str, arguments: Sequence[str] | None = None) -> int:
     """`demonstrate` as a command: returns the exit code, and says in one line what went wrong."""
     try:
         return demonstrate(name, storage, arguments).code
-    except (OSError, KeyboardInterrupt) as error:
+    except (OSError, FormatError, KeyboardInterrupt) as error:
         return told("", error)
 
 
