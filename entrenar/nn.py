@@ -16,12 +16,13 @@ import numpy as np
 
 from entrenar import ops, random
 from entrenar.kernels.packed import Packed
+from entrenar.ops.loss import Reduction
 from entrenar.state import check_fits
 from entrenar.tensor import Tensor, current_watcher
 
 
 class Module:
-    """A tree: tensors that require a gradient are its parameters, modules (and lists of them) its children.
+    """A tree: tensors that require a gradient are its parameters, modules (and lists and dicts of them) its children.
 
     Attribute names, joined by dots, are the names of the parameters: `model.layers.0.mlp.up_proj.weight`.
     """
@@ -38,14 +39,18 @@ class Module:
         raise TypeError(f"{type(self).__name__} must define forward()")
 
     def children(self) -> Iterator[tuple[str, Module]]:
-        """(name, module) one level down, in the order of definition; the items of a list count one by one."""
-        for name, value in vars(self).items():
+        """(name, module) one level down, in the order of definition; the items of a list or dict count one by one."""
+        for name, value in self._attributes():
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, (list, tuple)):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield f"{name}.{i}", item
+
+    def _attributes(self) -> Iterator[tuple[str, Any]]:
+        for name, value in vars(self).items():
+            if isinstance(value, (list, tuple, dict)):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                yield from ((f"{name}.{key}", item) for key, item in items)
+            else:
+                yield name, value
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every parameter of the tree, each tensor once, under its first name."""
@@ -59,7 +64,7 @@ class Module:
         return [tensor for _, tensor in self.named_parameters()]
 
     def _named_tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        for name, value in vars(self).items():
+        for name, value in self._attributes():
             if isinstance(value, Tensor):
                 yield prefix + name, value
         for name, child in self.children():
@@ -163,6 +168,12 @@ class Linear(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
+
+    def cross_entropy(self, x: Tensor, targets: np.ndarray, *, reduction: Reduction = "mean") -> Tensor:
+        """The loss of y as logits against targets (N,), -100 ignored, in the memory of a few rows of them.  x (N, I)"""
+        if self.bias is not None:
+            return ops.cross_entropy(self(x), targets, reduction=reduction)
+        return ops.linear_cross_entropy(x, self.weight, targets, reduction=reduction)
 
 
 class Embedding(Module):

@@ -88,6 +88,8 @@ TARGETS = np.array([[1, 0, 6], [-100, 3, 3]])
 IGNORED = np.full((2, 3), -100)
 ANGLES = np.random.default_rng(1).uniform(-3, 3, size=(4, 3))
 REPEATED = np.array([[0, 2], [2, 2]])
+FROZEN = np.random.default_rng(2).normal(size=(5, 4))
+BIAS, NORM = np.linspace(-1, 1, 5), np.linspace(0.5, 2, 5)
 
 
 def _dropout(x: Tensor) -> Tensor:
@@ -120,6 +122,24 @@ def _torch_attention(torch: Any, q: Any, k: Any, v: Any, scale: float | None = N
 def _torch_loss(torch: Any, logits: Any, targets: np.ndarray, reduction: str) -> Any:
     flat, targets = logits.reshape(-1, logits.shape[-1]), torch.from_numpy(targets.reshape(-1))
     return torch.nn.functional.cross_entropy(flat, targets, ignore_index=-100, reduction=reduction)
+
+
+def _torch_lora(torch: Any, x: Any, A: Any, B: Any, w: np.ndarray = FROZEN) -> Any:
+    return x @ torch.from_numpy(w).to(x.dtype).T + 0.7 * (x @ A.T) @ B.T
+
+
+def _dora(x: Tensor, A: Tensor, B: Tensor, m: Tensor, **rest: Any) -> Tensor:
+    return ops.dora_linear(x, Tensor(FROZEN.astype(x.dtype)), None, A, B, m, norm=NORM, scale=0.7, **rest)
+
+
+def _torch_dora(torch: Any, x: Any, A: Any, B: Any, m: Any) -> Any:
+    return m / torch.from_numpy(NORM).to(x.dtype) * _torch_lora(torch, x, A, B)
+
+
+def _torch_dora_dropped(torch: Any, x: Any, z: Any, A: Any, B: Any, m: Any) -> Any:
+    """As PEFT: the base on x, and what DoRA changes in it on the input after dropout"""
+    g, base = m / torch.from_numpy(NORM).to(x.dtype), lambda x: x @ torch.from_numpy(FROZEN).to(x.dtype).T
+    return base(x) + (g - 1) * base(z) + 0.7 * g * ((z @ A.T) @ B.T)
 
 
 def _block(x: Tensor, w: Tensor) -> Tensor:
@@ -235,6 +255,25 @@ CASES: list[Case] = [
     _case("embedding", (5, 4), what="one", fn=lambda w: ops.embedding(3, w), torch=lambda t, w: w[3]),
     _case("embedding", (5, 4), what="none", fn=lambda w: ops.embedding(np.zeros((0, 2), int), w), zero=True,
           torch=lambda t, w: w[np.zeros((0, 2), int)]),
+
+    # -- low rank, W frozen
+    *_each("lora_linear", [(3, 4), (2, 4), (5, 2)], [(2, 3, 4), (1, 4), (5, 1)], [(4,), (6, 4), (5, 6)],
+           [(0, 4), (2, 4), (5, 2)],
+           fn=lambda x, A, B: ops.lora_linear(x, Tensor(FROZEN.astype(x.dtype)), None, A, B, scale=0.7),
+           torch=_torch_lora),
+    _case("lora_linear", (2, 3, 4), (2, 4), (5, 2), what="bias", torch=lambda t, x, A, B: _torch_lora(t, x, A, B)
+          + t.from_numpy(BIAS).to(x.dtype), fn=lambda x, A, B: ops.lora_linear(
+              x, Tensor(FROZEN.astype(x.dtype)), Tensor(BIAS.astype(x.dtype)), A, B, scale=0.7)),
+    _case("lora_linear", (3, 4), (3, 4), (2, 4), (5, 2), what="dropped", fn=lambda x, z, A, B: ops.lora_linear(
+              x, Tensor(FROZEN.astype(x.dtype)), None, A, B, scale=0.7, dropped=z),
+          torch=lambda t, x, z, A, B: _torch_lora(t, x, A, 0 * B) + _torch_lora(t, z, A, B, 0 * FROZEN)),
+    *_each("dora_linear", [(3, 4), (2, 4), (5, 2), (5,)], [(2, 3, 4), (1, 4), (5, 1), (5,)],
+           [(0, 4), (2, 4), (5, 2), (5,)], fn=_dora, torch=_torch_dora),
+    _case("dora_linear", (3, 4), (3, 4), (2, 4), (5, 2), (5,), what="dropped",
+          fn=lambda x, z, A, B, m: _dora(x, A, B, m, dropped=z), torch=_torch_dora_dropped),
+    _case("lora_embedding", (2, 5), (4, 2),
+          fn=lambda A, B: ops.lora_embedding(IDS, Tensor(FROZEN.astype(A.dtype)), A, B, scale=0.7),
+          torch=lambda t, A, B: t.from_numpy(FROZEN).to(A.dtype)[IDS] + 0.7 * A.T[IDS] @ B.T),
 
     # -- norm
     *_each("layer_norm", [(3, 5), (5,), (5,)], [(2, 3, 33), (33,), (33,)], [(7,), (7,), (7,)],

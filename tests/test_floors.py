@@ -25,6 +25,7 @@ FLOORS = (
     ("optim",),
     ("formats",),
     ("llama",),
+    ("adapters",),
     ("data",),
     ("convert",),
     ("observe",),
@@ -33,7 +34,7 @@ FLOORS = (
     ("examples", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-NEVER = {("data", "llama")}  # tokens do not know who reads them
+NEVER = {("data", "llama"), ("data", "adapters")}  # tokens do not know who reads them
 
 ENGINE = {"_kernels", "kernels", "tensor", "random", "state", "files", "ops", "gradcheck", "nn", "optim", "llama"}
 # slow to import: at the point of use only

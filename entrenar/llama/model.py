@@ -196,13 +196,15 @@ class Llama(Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)"""
-        return ops.linear(x, self.head_weight)
+        return ops.linear(x, self.head_weight) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def loss(self, ids: np.ndarray, targets: np.ndarray, *, reduction: Reduction = "mean") -> Tensor:
         """Cross-entropy in nats of predicting targets (B, T), -100 ignored, from ids (B, T). Never holds the logits."""
         x = self.hidden(ids)
-        rows = x.reshape(-1, self.config.hidden_size)
-        return ops.linear_cross_entropy(rows, self.head_weight, np.asarray(targets).reshape(-1), reduction=reduction)
+        rows, targets = x.reshape(-1, self.config.hidden_size), np.asarray(targets).reshape(-1)
+        if self.config.tie_word_embeddings:
+            return ops.linear_cross_entropy(rows, self.head_weight, targets, reduction=reduction)
+        return self.lm_head.cross_entropy(rows, targets, reduction=reduction)
 
     def _rope(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows start..end of the tables, which grow on demand up to the model's context."""

@@ -38,6 +38,7 @@ from entrenar.ops.elementwise import (
 )
 from entrenar.ops.linear import embedding, linear, matmul
 from entrenar.ops.loss import cross_entropy, linear_cross_entropy
+from entrenar.ops.low_rank import dora_linear, lora_embedding, lora_linear
 from entrenar.ops.norm import layer_norm, rms_norm
 from entrenar.ops.reduce import max, mean, sum
 from entrenar.ops.shape import broadcast_to, concat, getitem, iterate, reshape, split, stack, transpose
@@ -49,7 +50,7 @@ __all__ = [
     "maximum", "minimum", "where",
     "sum", "mean", "max",
     "reshape", "transpose", "getitem", "concat", "stack", "split", "broadcast_to",
-    "matmul", "linear", "embedding",
+    "matmul", "linear", "embedding", "lora_linear", "dora_linear", "lora_embedding",
     "softmax", "log_softmax", "layer_norm", "rms_norm", "rope", "swiglu", "attention",
     "dropout", "cross_entropy", "linear_cross_entropy", "checkpoint",
 ]  # fmt: skip
