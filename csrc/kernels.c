@@ -27,3 +27,4 @@
 #include "linear_cross_entropy.c.inc"
 
 #include "peak.c.inc"
+#include "quantize.c.inc"

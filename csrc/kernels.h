@@ -153,3 +153,16 @@ int64_t ent_linear_cross_entropy_scratch(int64_t threads, int64_t chunk, int64_t
 // Runs `rounds` of register-only fused multiply-adds on each of `threads`; returns how many floating-point operations
 // one thread did. sink (threads) receives a value per thread so that nothing is optimised away.
 double ent_fma_peak(float *sink, int64_t threads, int64_t rounds);
+
+// ---- quantize.c.inc ----------------------------------------------------------------------------------------------
+
+// absmax[b] = max |x| of block b,  codes two to a byte, the first high: order[how many of the 15 bounds lie below
+// x / absmax];  x (n), codes (ceil(n/2)), absmax (ceil(n/block)), bounds (15), order (16); block is even.
+// Whole blocks are multiplied by 1/absmax, a shorter last one is divided; all finite
+void ent_quantize_4bit(uint8_t *restrict codes, float *restrict absmax, const float *restrict x,
+                       const float *restrict bounds, const uint8_t *restrict order, int64_t block, int64_t n);
+// scales[b] = max |x| / 127 of 32 values,  codes = round(x * (1/scale)), halves away from 0
+// x, codes (n), scales (ceil(n/32)); all finite
+void ent_quantize_q8_0(int8_t *restrict codes, float *restrict scales, const float *restrict x, int64_t n);
+// y = the upper half of x's bits, rounded to the nearest, halves to even; nan stays nan;  x, y (n)
+void ent_round_bfloat16(uint16_t *restrict y, const float *restrict x, int64_t n);

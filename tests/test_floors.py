@@ -24,6 +24,7 @@ FLOORS = (
     ("nn",),
     ("optim",),
     ("formats",),
+    ("quant",),
     ("llama",),
     ("adapters",),
     ("data",),

@@ -117,23 +117,26 @@ class SafeTensors(Mapping[str, np.ndarray]):
 
 
 def save(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None, *,
-         dtype: str | None = None) -> None:  # fmt: skip
+         dtype: str | Mapping[str, str] | None = None) -> None:  # fmt: skip
     """Write named arrays as a safetensors file, a block at a time; no copy of an array is made.
 
     metadata   text by name; transformers asks for {"format": "pt"}
-    dtype      "F32", "F16" or "BF16": floats are stored as this; None: each array as it is
+    dtype      "F32", "F16" or "BF16": floats are stored as this; None: each array as it is; or by name, and those
+               without one as they are
 
     Writes into place and does not sync: call it inside `files.new_folder`, which does.
     Raises OSError where the disk refuses (what was written is removed), ValueError for a type that safetensors does
     not have, or a number too big for `dtype`, which would become infinite.
     """
-    order = sorted(arrays, key=lambda name: (-_stored(arrays[name], dtype).itemsize, name))  # big ones first: aligned
-    header = _header_bytes({name: arrays[name] for name in order}, metadata, dtype)
+    words = {name: dtype.get(name) if isinstance(dtype, Mapping) else dtype for name in arrays}
+    stored = {name: _stored(array, words[name]) for name, array in arrays.items()}
+    order = sorted(arrays, key=lambda name: (-stored[name].itemsize, name))  # big ones first: aligned
+    header = _header_bytes({name: arrays[name] for name in order}, metadata, stored)
     try:
         with open(path, "wb") as file:
             file.write(header)
             for name in order:
-                for block in _blocks(name, arrays[name], _stored(arrays[name], dtype)):
+                for block in _blocks(name, arrays[name], stored[name]):
                     file.write(block)
     except BaseException:
         Path(path).unlink(missing_ok=True)
@@ -248,15 +251,15 @@ def _is_size(value: Any) -> bool:
 # Writing
 
 
-def _header_bytes(arrays: dict[str, np.ndarray], metadata: Mapping[str, str] | None, dtype: str | None) -> bytes:
+def _header_bytes(arrays: dict[str, np.ndarray], metadata: Mapping[str, str] | None,
+                  stored: Mapping[str, np.dtype[Any]]) -> bytes:  # fmt: skip
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     at = 0
     for name, array in arrays.items():
         if name == METADATA or not name.isprintable():
             raise ValueError(f"safetensors: a tensor cannot be called {short(name)}")
-        stored = _stored(array, dtype)
-        size = array.size * stored.itemsize
-        header[name] = {"dtype": WORDS[stored.name], "shape": list(array.shape), "data_offsets": [at, at + size]}
+        size = array.size * stored[name].itemsize
+        header[name] = {"dtype": WORDS[stored[name].name], "shape": list(array.shape), "data_offsets": [at, at + size]}
         at += size
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from entrenar.kernels.packed import Packed
+from entrenar.kernels.packed import TABLES, Packed
 
 
 def matmul(a: np.ndarray, b: np.ndarray) -> None:
@@ -42,6 +42,21 @@ def packed(kernel: str, x: np.ndarray, w: Packed, axis: int) -> None:
     if x.ndim != 2 or x.shape[1] != w.shape[axis]:
         wanted = f"(N, {w.shape[axis]})"
         raise ValueError(f"{kernel}: a packed matrix of shape {w.shape} wants rows of shape {wanted}, got {x.shape}")
+
+
+def flat(kernel: str, x: np.ndarray) -> None:
+    """x (n,) floats."""
+    if x.ndim != 1 or x.dtype.kind != "f":
+        raise ValueError(f"{kernel}: wants floats of shape (n,), got {x.dtype} {x.shape}")
+
+
+def quantize_4bit(x: np.ndarray, kind: str, block: int) -> None:
+    """x (n,) floats; an even block, so that no byte belongs to two."""
+    flat("quantize_4bit", x)
+    if kind not in TABLES or block < 2 or block % 2:
+        raise ValueError(
+            f"quantize_4bit: kind = {kind!r}, block = {block}: wanted {' or '.join(TABLES)} and an even number above 0"
+        )
 
 
 def rows(kernel: str, x: np.ndarray) -> None:

@@ -37,6 +37,7 @@ from entrenar.kernels.calling import (  # noqa: F401 (what kernels/__init__.py a
     use_isa,
 )
 from entrenar.kernels.native_packed import packed, packed_linear, packed_linear_backward, unpack, unpack_rows  # noqa: F401
+from entrenar.kernels.native_quantize import quantize_4bit, quantize_q8_0, round_bfloat16  # noqa: F401
 from entrenar.kernels.packed import Packed
 
 

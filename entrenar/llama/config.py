@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entrenar.formats import FormatError, short
+from entrenar.quant import bitsandbytes
 
 ROPE_SCALING_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -25,7 +26,11 @@ FOREIGN = {
     "sliding_window": ((), "wanted null: attention here sees the whole context"),
     "partial_rotary_factor": ((1,), "wanted 1: RoPE here turns the whole head"),
     "rope_interleaved": ((False,), "wanted false: RoPE here turns halves of the head, not neighbours"),
-    "quantization_config": ((), "quantised weights are not read; get the model in bfloat16, or dequantise it"),
+    "quantization_config": (
+        (),
+        "quantised weights are not read, but those of bitsandbytes in 4 bits; get the model in bfloat16, or "
+        "dequantise it",
+    ),
     "compression_config": ((), "compressed weights are not read; get the model in bfloat16, or decompress it"),
     "num_local_experts": ((0, 1), "mixtures of experts are not read"),
     "is_encoder_decoder": ((False,), "wanted false: a LLaMA is a decoder"),
@@ -235,6 +240,8 @@ def _foreign_problems(values: dict[str, Any]) -> Iterator[str]:
             yield f"rope_scaling: {short(key)} = {short(rope[key])}: means nothing where rope_type is 'default'"
     for key, (harmless, why) in FOREIGN.items():
         value = rope.get(key, values.get(key))
+        if key == "quantization_config" and bitsandbytes.is_config(value):
+            continue  # `entrenar/llama/packed.py` reads them
         if value is not None and value not in harmless:
             yield f"{key} = {short(value)}: {why}"
 

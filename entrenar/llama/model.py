@@ -154,12 +154,14 @@ class Llama(Module):
         self.rope = rope_tables(config, 0, dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: Any = np.float32, checkpointing: bool = False,
+    def from_pretrained(cls, folder: str | Path, *, storage: str | None = None, double_quant: bool = True,
+                        dtype: Any = np.float32, checkpointing: bool = False,
                         allow_nonfinite: bool = False) -> Llama:  # fmt: skip
         """The model in a folder in Hugging Face's layout; see `entrenar/llama/pretrained.py`."""
         from entrenar.llama.pretrained import from_pretrained  # which is made of this class
 
-        return from_pretrained(folder, dtype=dtype, checkpointing=checkpointing, allow_nonfinite=allow_nonfinite)
+        return from_pretrained(folder, storage=storage, double_quant=double_quant, dtype=dtype,
+                               checkpointing=checkpointing, allow_nonfinite=allow_nonfinite)  # fmt: skip
 
     def save_pretrained(self, folder: str | Path, *, dtype: str = "float32", max_shard_size: int = 5 * 10**9,
                         tokenizer: Saveable | None = None) -> Path:  # fmt: skip

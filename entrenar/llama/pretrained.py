@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,15 +25,15 @@ from entrenar.formats.safetensors import SafeTensors
 from entrenar.formats.strict_json import read_object
 from entrenar.llama.config import LlamaConfig
 from entrenar.llama.model import Llama
+from entrenar.llama.packed import EMBEDDING, HEAD, STORED, Group, fill_frozen, groups_of, quantization_of, storage_of
 from entrenar.nn import unfilled
+from entrenar.quant import bitsandbytes
 from entrenar.tensor import Tensor
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG_LIMIT, INDEX_LIMIT = 1_000_000, 16_000_000  # bytes; a LLaMA of 405 billion weights has an index of 100,000
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BLOCK = 1 << 18  # elements converted and checked at a time: they stay in the cache
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")  # in old files: RoPE's frequencies, which follow from the config
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 SHOWN = 20  # problems listed in one message
@@ -50,34 +50,53 @@ class Saveable(Protocol):
 
 def read_config(folder: str | Path) -> LlamaConfig:
     """The shape of the model in a folder. Raises FormatError where there is none, or one entrenar does not know."""
+    return LlamaConfig.from_dict(config_values(folder), where=str(Path(folder) / CONFIG))
+
+
+def config_values(folder: str | Path) -> dict[str, Any]:
+    """What the config.json of a folder holds."""
     file = _existing(Path(folder)) / CONFIG
     if not file.is_file():
         raise FormatError(f"{folder}: has no {CONFIG}; wanted a folder with a model in Hugging Face's layout")
-    return LlamaConfig.from_dict(read_object(file, limit=CONFIG_LIMIT), where=str(file))
+    return read_object(file, limit=CONFIG_LIMIT)
 
 
-def from_pretrained(folder: str | Path, *, dtype: Any = np.float32, checkpointing: bool = False,
+def from_pretrained(folder: str | Path, *, storage: str | None = None, double_quant: bool = True,
+                    dtype: Any = np.float32, checkpointing: bool = False,
                     allow_nonfinite: bool = False) -> Llama:  # fmt: skip
-    """The model in a folder, its weights converted to `dtype`.
+    """The model in a folder, its weights converted to `dtype`; or frozen, in a storage format.
 
     The files are mapped, and each weight is copied once, straight to where it stays: beside the model itself, at most
     one tensor as the file has it is in memory.
 
-    allow_nonfinite   read weights that hold NaN or infinity too (to look for where they came from)
+    storage           None, "float32": floats, which can be trained. Else everything is frozen, and the layers of the
+                      blocks are kept as "nf4", "fp4", "q8_0", "bfloat16", or "stored": as the file has them (float32
+                      where that is not bfloat16). A folder that bitsandbytes quantized is read as it is, frozen.
+    double_quant      nf4, fp4: the scales in 8 bits
+    allow_nonfinite   read weights that hold NaN or infinity too (to look for where they came from); not in a format
     Raises FormatError: with everything in the configuration that makes it another model; with every tensor that is
     missing, unexpected or misshapen; with every one that is not finite.
     """
-    config = read_config(folder)
+    folder, values = Path(folder), config_values(folder)
+    config = LlamaConfig.from_dict(values, where=str(folder / CONFIG))
+    frozen = storage_of(values, storage, str(folder / CONFIG))
+    if frozen is not None and np.dtype(dtype) != np.float32:
+        raise ValueError(f"from_pretrained: weights stored as {storage or frozen} compute as float32, not {dtype}")
     with contextlib.ExitStack() as opened:
-        files = _open_weights(Path(folder), opened)
-        _check_size(Path(folder), config, files)
+        files = open_weights(folder, opened)
+        _check_size(folder, config, files)
         with unfilled():
             model = Llama(config, checkpointing=checkpointing, dtype=dtype)
         own = dict(model.named_parameters())
-        _check_tensors(Path(folder), config, own, files)
-        wrong = list(_fill(own, files))
+        states = bitsandbytes.parts_of(files) if "quantization_config" in values else {}
+        check_tensors(folder, config, own, files, states)
+        if frozen is None:
+            wrong = list(_fill(own, files))
+        elif wrong := list(fill_frozen(model, own, files, states, storage=frozen, double_quant=double_quant,
+                                       where=str(folder))):  # fmt: skip
+            raise _refusal(folder, f"cannot be kept as {frozen}", wrong)
     if wrong and not allow_nonfinite:
-        raise _refusal(Path(folder), f"not finite as {np.dtype(dtype)} (allow_nonfinite=True reads them)", wrong)
+        raise _refusal(folder, f"not finite as {np.dtype(dtype)} (allow_nonfinite=True reads them)", wrong)
     return model
 
 
@@ -92,7 +111,7 @@ def _existing(folder: Path) -> Path:
     raise FormatError(f"{folder}: there is no such folder{way_out}")
 
 
-def _open_weights(folder: Path, opened: contextlib.ExitStack) -> dict[str, SafeTensors]:
+def open_weights(folder: Path, opened: contextlib.ExitStack) -> dict[str, SafeTensors]:
     """Every tensor's name, with the file it is in; the files are closed with `opened`."""
     if (folder / WEIGHTS).is_file():
         file = opened.enter_context(SafeTensors(folder / WEIGHTS))
@@ -150,12 +169,18 @@ def _check_size(folder: Path, config: LlamaConfig, files: Mapping[str, SafeTenso
         )
 
 
-def _check_tensors(folder: Path, config: LlamaConfig, own: Mapping[str, Tensor],
-                   files: Mapping[str, SafeTensors]) -> None:  # fmt: skip
+def check_tensors(folder: Path, config: LlamaConfig, own: Mapping[str, Tensor], files: Mapping[str, SafeTensors],
+                  states: Mapping[str, list[str]]) -> None:  # fmt: skip
+    """Raise FormatError unless the files hold what the model has; what bitsandbytes stored in `states` is checked
+    when it is read."""
     wrong = [f"missing {name} {own[name].shape}" for name in own if name not in files]
+    read_later = {f"{name}.{part}" for name in states.keys() & own.keys() for part in states[name]} | states.keys()
     for name, file in files.items():
         entry = file.entries[name]
-        if name not in own:
+        if name in read_later:
+            if name in own and len(own[name].shape) != 2:
+                wrong.append(f"{name} {own[name].shape} is stored in 4 bits, which only a matrix can be")
+        elif name not in own:
             wrong += _unexpected(entry, config, files)
         elif entry.shape != own[name].shape:
             wrong.append(f"{name} has shape {entry.shape}, wanted {own[name].shape}")
@@ -219,7 +244,8 @@ def save_pretrained(model: Llama, folder: str | Path, *, dtype: str = "float32",
                     tokenizer: Saveable | None = None) -> Path:  # fmt: skip
     """Write a model as a folder that transformers, and `from_pretrained`, load; all of it, or nothing.
 
-    dtype            what the weights are stored as: float32, bfloat16 or float16
+    dtype            what the weights are stored as: float32, bfloat16 or float16. Those in a storage format stay in it:
+                     nf4 and fp4 as bitsandbytes writes them, and `dtype` is what it is to compute them as
     max_shard_size   bytes of one file; a model with more is written as several, and an index
     tokenizer        its files are written too
 
@@ -227,13 +253,18 @@ def save_pretrained(model: Llama, folder: str | Path, *, dtype: str = "float32",
     weight too big for `dtype`; nothing is left behind then.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already and is not empty")  # said before hours of writing, too
+    check_new(folder)
     with new_folder(folder) as temporary:
         write_model(temporary, model, dtype=dtype, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save(temporary)
     return folder
+
+
+def check_new(folder: Path) -> None:
+    """Raise FileExistsError where a folder is not empty: before hours of writing."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already and is not empty")
 
 
 def write_model(folder: Path, model: Llama, *, dtype: str = "float32", max_shard_size: int = 5 * 10**9) -> None:
@@ -242,37 +273,39 @@ def write_model(folder: Path, model: Llama, *, dtype: str = "float32", max_shard
         raise ValueError(f"save_pretrained: dtype = {dtype!r}: wanted one of {', '.join(STORED)}")
     if max_shard_size < 1:
         raise ValueError(f"save_pretrained: max_shard_size = {max_shard_size}: wanted at least 1 byte")
-    config = model.config.to_dict(dtype=dtype)
+    config = model.config.to_dict(dtype=dtype) | quantization_of(model, dtype)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-    _write_json(folder / CONFIG, config)
-    _write_json(folder / GENERATION, ids)
-    shards = _shards(model.state_dict(), safetensors.numpy_dtype(STORED[dtype]).itemsize, max_shard_size)
-    for name, arrays in shards.items():
-        safetensors.save(folder / name, arrays, {"format": "pt"}, dtype=STORED[dtype])
-    if len(shards) > 1:
-        _write_json(folder / INDEX, _index(shards, safetensors.numpy_dtype(STORED[dtype]).itemsize))
+    write_json(folder / CONFIG, config)
+    write_json(folder / GENERATION, ids)
+    write_shards(folder, groups_of(model, dtype), max_shard_size)
 
 
-def _shards(arrays: Mapping[str, np.ndarray], itemsize: int, limit: int) -> dict[str, dict[str, np.ndarray]]:
-    """File name -> its arrays: in order, a new file whenever the next array would make one larger than `limit`."""
-    parts: list[dict[str, np.ndarray]] = [{}]
-    filled = 0
-    for name, array in arrays.items():
-        if parts[-1] and filled + array.size * itemsize > limit:
-            parts.append({})
-            filled = 0
-        parts[-1][name] = array
-        filled += array.size * itemsize
+def write_shards(folder: Path, groups: Iterable[Group], limit: int) -> None:
+    """Write weights as they come: a new file whenever the next would make one larger than `limit` bytes; an index
+    where there are several."""
+    parts: list[list[str]] = []  # the names in each file
+    group, filled, size = Group({}, {}), 0, 0
+
+    def write() -> None:
+        safetensors.save(folder / f"{len(parts)}", group.arrays, {"format": "pt"}, dtype=group.words)
+        parts.append(list(group.arrays))
+
+    for each in groups:
+        if group.arrays and filled + each.nbytes > limit:
+            write()
+            group, filled = Group({}, {}), 0
+        group = Group(group.arrays | each.arrays, group.words | each.words)
+        filled, size = filled + each.nbytes, size + each.nbytes
+    write()
     if len(parts) == 1:
-        return {WEIGHTS: parts[0]}
-    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+        (folder / "0").rename(folder / WEIGHTS)
+        return
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for i, file in enumerate(files):
+        (folder / f"{i}").rename(folder / file)
+    where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
 
 
-def _index(shards: Mapping[str, Mapping[str, np.ndarray]], itemsize: int) -> dict[str, Any]:
-    size = sum(array.size for part in shards.values() for array in part.values()) * itemsize
-    where = {name: file for file, part in shards.items() for name in part}
-    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-
-
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
