@@ -82,7 +82,8 @@ endef
 	@.venv-peers/bin/python $(PIP) install 'torch==$(TORCH)+cpu' 2>/dev/null \
 	    || .venv-peers/bin/python $(PIP) install 'torch==$(TORCH)+cpu' --index-url https://download.pytorch.org/whl/cpu \
 	    || .venv-peers/bin/python $(PIP) install 'torch==$(TORCH)'
-	@.venv-peers/bin/python $(PIP) install transformers protobuf gguf sentencepiece -e '.[test]'
+	@.venv-peers/bin/python $(PIP) install transformers peft bitsandbytes accelerate jinja2 protobuf gguf \
+	    sentencepiece -e '.[test]'
 	@touch $@
 
 # Built from a copy: the objects of the everyday build are not these.
