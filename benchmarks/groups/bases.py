@@ -110,7 +110,7 @@ def trainable(llama: Any) -> Any:
 
 
 def torch_model(base: str, compute: str, others: str) -> Any:
-    """transformers' model of the folder; layers in 4 bits compute as `compute`, the others are, and compute, `others`."""
+    """transformers' model of the folder: layers in 4 bits compute as `compute`, the others are and compute `others`."""
     import torch
     from transformers import AutoModelForCausalLM
 
