@@ -1,4 +1,4 @@
-"""What a step of fine-tuning holds in memory, by arithmetic alone: from the shape of the model, before anything is made.
+"""What a step of fine-tuning holds in memory, by arithmetic: from the shape of the model, before anything is made.
 
 Full fine-tuning, LoRA and QLoRA. Counts every array of a step at its fullest moment, by the order in which the engine
 takes and drops them; `memory_measure.py` says what a process really held. Leaves out the interpreter and libraries,
@@ -60,11 +60,17 @@ class Case:
         return replace(SHAPES[self.model], max_position_embeddings=max(self.context, 256))
 
     @property
-    def name(self) -> str:
-        rank = f" r = {self.r}" if self.r else ""
-        again = ", checkpointing" if self.checkpointing else ""
+    def title(self) -> str:
         words = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-        return f"{self.model} {words[self.method]}{rank}, {self.batch} x {self.context}{again}"
+        return f"{self.model} {words[self.method]}" + (f" r = {self.r}" if self.r else "")
+
+    @property
+    def detail(self) -> str:
+        return f"{self.batch} x {self.context}" + (", checkpointing" if self.checkpointing else "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.title}, {self.detail}"
 
 
 # ---- what is there before a step
@@ -131,9 +137,9 @@ def kept(case: Case) -> int:
     return N * (always + (2 * C + F if case.method == "full" else C + len(TARGETS) * case.r))
 
 
-def step_moments(case: Case) -> list[dict[str, int]]:
-    """Floats beyond weights and moments, by part, at the moments that may be the fullest: once the loss is there, in
-    the backward of each block (its MLP's, when three arrays as wide as F are on their way), at the embedding."""
+def step_moments(case: Case, threads: int) -> list[dict[str, int]]:
+    """Floats beyond weights and moments, by part, at the moments that may be the fullest: at the loss, in the backward
+    of each block (its MLP's, when three arrays as wide as F are on their way), at the embedding."""
     s, N = case.shape, case.batch * case.context
     C, F, V, L = s.hidden_size, s.intermediate_size, s.vocab_size, s.num_hidden_layers
     full = case.method == "full"
@@ -142,7 +148,10 @@ def step_moments(case: Case) -> list[dict[str, int]]:
     again = kept(case) if case.checkpointing else 0  # of the block that is computed again, its output included
     head = V * C if full else 0
 
-    moments = [{ACTIVATIONS: L * each + 2 * N * C + N, GRADIENTS: head}]
+    # At the loss the last norm's input, output and the latter's gradient; and the kernels' scratch is exchanged for a
+    # larger one, which is there before the former goes.
+    former = max(scratch(case, threads)[:-2])
+    moments = [{ACTIVATIONS: L * each + 3 * N * C + 2 * N, GRADIENTS: head, SCRATCH: former}]
     for i in reversed(range(L)):
         down = C * F - N * F if full else 0  # down_proj's gradient comes, its input goes
         moments.append({ACTIVATIONS: (i + 1) * each + again, GRADIENTS: head + (L - 1 - i) * block,
@@ -151,16 +160,16 @@ def step_moments(case: Case) -> list[dict[str, int]]:
     return moments
 
 
-def tables_and_scratch(case: Case, threads: int) -> int:
-    """Floats: the rotary tables, and the working memory of whichever kernel wants most."""
+def scratch(case: Case, threads: int) -> list[int]:
+    """Floats of working memory that the kernels want; the last but one is the loss, the last comes after it."""
     s, N, B, T = case.shape, case.batch * case.context, case.batch, case.context
     (H, KH, D), C, F, V = s.heads, s.hidden_size, s.intermediate_size, s.vocab_size
     wanted = [scratch_floats("matmul", threads), scratch_floats("norm", N, C),
-              scratch_floats("linear_cross_entropy", threads, N, C, V)]  # fmt: skip
-    wanted += [scratch_floats(f"attention_{way}", threads, B, T, T, H, KH, D) for way in ("forward", "backward")]
+              scratch_floats("attention_forward", threads, B, T, T, H, KH, D)]  # fmt: skip
     if case.method == "qlora":
         wanted += [scratch_floats("packed_linear", threads, N, inputs) for inputs in (C, F)]
-    return s.max_position_embeddings * D + max(wanted)
+    return [*wanted, scratch_floats("linear_cross_entropy", threads, N, C, V),
+            scratch_floats("attention_backward", threads, B, T, T, H, KH, D)]  # fmt: skip
 
 
 def arithmetic(case: Case, *, threads: int, program: int = 0) -> dict[str, int]:
@@ -168,12 +177,13 @@ def arithmetic(case: Case, *, threads: int, program: int = 0) -> dict[str, int]:
 
     program   what the process holds beside the arrays: measured
     """
-    fullest = max(step_moments(case), key=lambda parts: sum(parts.values()))
+    fullest = max(step_moments(case, threads), key=lambda parts: sum(parts.values()))
+    tables = case.shape.max_position_embeddings * case.shape.heads[2]
     parts = dict.fromkeys(PARTS, 0)
     parts |= {name: FLOAT * floats for name, floats in fullest.items()}
     parts[WEIGHTS] = weight_bytes(case)
     parts[ADAPTERS] = 0 if case.method == "full" else FLOAT * trained(case)
     parts[MOMENTS] = 2 * FLOAT * trained(case)
-    parts[SCRATCH] = FLOAT * tables_and_scratch(case, threads)
+    parts[SCRATCH] += FLOAT * (tables + max(scratch(case, threads)))
     parts[PROGRAM] = program
     return parts

@@ -22,13 +22,12 @@ import numpy as np
 
 from entrenar import kernels
 from entrenar.adapters import LoraConfig, adapt, count
-from entrenar.examples.memory_arithmetic import SHAPES, TARGETS, Case, arithmetic
+from entrenar.examples.memory_arithmetic import TARGETS, Case, arithmetic
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.packed import LAYER, place
 from entrenar.nn import unfilled
 from entrenar.optim import AdamW, clip_scale, global_norm
 from entrenar.quant import quantize
-from entrenar.tensor import Tensor
 from entrenar.training import machine
 
 DRAWN = 1_000_003  # random numbers that all weights are made of; a prime: no row is another's copy
