@@ -40,7 +40,7 @@ lint: .venv/.ready-lint ## ruff and mypy
 # the pytest program: nothing puts the checkout's own entrenar/ before the installed one.
 SANITIZED := ASAN_OPTIONS=detect_leaks=0:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
              LD_PRELOAD=$$($${CC:-gcc} -print-file-name=libasan.so) PYTHONMALLOC=malloc ENTRENAR_KERNELS=native
-SUITE     := tests/test_kernels.py tests/test_kernel_properties.py tests/test_threads.py
+SUITE     := tests/test_kernels.py tests/test_kernel_properties.py tests/test_threads.py tests/test_quantize_kernels.py
 
 sanitize: .venv-sanitize/.ready ## the kernel suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	@cd build/sanitize && $(SANITIZED) ../../.venv-sanitize/bin/pytest -c ../../pyproject.toml --rootdir ../.. \

@@ -31,7 +31,7 @@ void ent_unpack(float *restrict to, const ent_packed *w);
 void ent_unpack_rows(float *restrict to, const ent_packed *w, const int64_t *restrict rows, int64_t n);
 
 // y (N, O) = x W^T,  dx (N, I) = dy W;  x (N, I), dy (N, O), w (O, I), all contiguous; `scratch` holds
-// ent_packed_linear_scratch(threads, N, I) floats, ent_matmul_scratch(threads) for the backward, 64-byte aligned
+// ent_packed_linear_scratch(threads, N, I) floats, 64-byte aligned
 void ent_packed_linear(float *restrict y, const float *restrict x, const ent_packed *w, float *restrict scratch,
                        int64_t threads, int64_t N);
 int64_t ent_packed_linear_scratch(int64_t threads, int64_t N, int64_t I);
@@ -39,8 +39,8 @@ void ent_packed_linear_backward(float *restrict dx, const float *restrict dy, co
                                 float *restrict scratch, int64_t threads, int64_t N);
 
 // c[g,m,n] = sum_k a[g,m,k] b[g,k,n], or += with `accumulate`
-// a (G, M, K), b (G, K, N) by element strides, c (G, M, N) contiguous. One of a's last two strides is 1, and one of b's; a group stride of 0 broadcasts. `scratch` holds
-// ent_matmul_scratch(threads) floats, 64-byte aligned.
+// a (G, M, K), b (G, K, N) by element strides, c (G, M, N) contiguous. One of a's last two strides is 1, and one of
+// b's; a group stride of 0 broadcasts. `scratch` holds ent_matmul_scratch(threads) floats, 64-byte aligned.
 void ent_matmul(float *restrict c, const float *a, const float *b, float *restrict scratch, int64_t threads,
                 int64_t groups, int64_t m, int64_t n, int64_t k, int64_t a_group, int64_t a_row, int64_t a_col,
                 int64_t b_group, int64_t b_row, int64_t b_col, int64_t accumulate);
@@ -118,30 +118,33 @@ double ent_sum_of_squares(const float *restrict x, int64_t n, double *restrict s
 // ---- attention.c.inc, linear_cross_entropy.c.inc -----------------------------------------------------------------
 
 // o[b,t,h] = sum_s p[s] v[b,s,y], p = softmax over s <= t + S - T of scale * q[b,t,h] . k[b,s,y], y = h KH / H
+// starts (B, T) or NULL: only s >= starts[b,t] then, where S = T, 0 <= starts[b,t] <= t, not decreasing along T
 // lse[b,h,t] = the logarithm of the softmax's denominator
 // q (B, T, H, D) and k, v (B, S, KH, D) have unit stride along D, and the element strides along their other axes
 // in strides (9): B T H of q, B S KH of k, B S KH of v. o (B, T, H, D) and lse (B, H, T) are contiguous; KH
 // divides H, S >= T. No dimension is 0. `scratch` holds ent_attention_forward_scratch() floats, linear in S.
 void ent_attention_forward(float *restrict o, float *restrict lse, const float *q, const float *k,
-                           const float *v, float *restrict scratch, int64_t threads, double scale, int64_t B,
-                           int64_t T, int64_t S, int64_t H, int64_t KH, int64_t D, const int64_t *strides);
+                           const float *v, const int64_t *starts, float *restrict scratch, int64_t threads,
+                           double scale, int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH, int64_t D,
+                           const int64_t *strides);
 int64_t ent_attention_forward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH,
                                       int64_t D);
 
 // The gradients of sum(o * dout), from what the forward took and gave: dq (B, T, H, D), dk, dv (B, S, KH, D),
-// dout and o (B, T, H, D), lse (B, H, T) are contiguous; q, k, v and strides as above.
+// dout and o (B, T, H, D), lse (B, H, T) are contiguous; q, k, v, starts and strides as above.
 void ent_attention_backward(float *restrict dq, float *restrict dk, float *restrict dv, const float *dout,
                             const float *q, const float *k, const float *v, const float *o, const float *lse,
-                            float *restrict scratch, int64_t threads, double scale, int64_t B, int64_t T,
-                            int64_t S, int64_t H, int64_t KH, int64_t D, const int64_t *strides);
+                            const int64_t *starts, float *restrict scratch, int64_t threads, double scale,
+                            int64_t B, int64_t T, int64_t S, int64_t H, int64_t KH, int64_t D,
+                            const int64_t *strides);
 int64_t ent_attention_backward_scratch(int64_t threads, int64_t B, int64_t T, int64_t S, int64_t H,
                                        int64_t KH, int64_t D);
 
 // losses[r] = logsumexp_v(logits) - logits[targets[r]], logits[v] = sum_c x[r,c] w[v,c], for the N rows r in
 // `rows`; dx[r], dw = the gradients of scale * sum of these losses. Other rows of losses and dx are not
-// written. The head is w, or where that is NULL, packed. x, dx (.., C), w, dw (V, C), losses, targets (..), rows (N), all contiguous; dx, dw or both may be
-// NULL: not wanted. `chunk` rows go together; `scratch` holds ent_linear_cross_entropy_scratch() floats,
-// 64-byte aligned.
+// written. The head is w or, where that is NULL, `packed`, which gets no dw. x, dx (.., C), w, dw (V, C), losses,
+// targets (..), rows (N), all contiguous; dx, dw or both may be NULL: not wanted. `chunk` rows go together; `scratch`
+// holds ent_linear_cross_entropy_scratch() floats, 64-byte aligned.
 void ent_linear_cross_entropy(float *restrict losses, float *dx, float *dw, const float *restrict x,
                               const float *restrict w, const ent_packed *packed, const int64_t *restrict targets,
                               const int64_t *restrict rows, float *restrict scratch, int64_t threads,

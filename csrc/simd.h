@@ -167,7 +167,8 @@ ALWAYS_INLINE void vf_transpose(vf v[ENT_W]) {
 
 // ---- bytes and tables -----------------------------------------------------------------------------------------------
 
-// W bytes, signed bytes or 16-bit numbers as W integers. Intrinsics: __builtin_convertvector goes lane by lane in gcc 12.
+// W bytes, signed bytes or 16-bit numbers as W integers. Intrinsics: gcc 12 makes __builtin_convertvector go lane by
+// lane.
 #if defined(__AVX512F__) && ENT_W == 16
 ALWAYS_INLINE vi vi_from_bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
 ALWAYS_INLINE vi vi_from_int8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }

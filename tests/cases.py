@@ -86,6 +86,7 @@ KEEP = np.array([[True, False, True], [False, False, True]])
 IDS = np.array([[1, 0, 4], [4, 4, 2]])
 TARGETS = np.array([[1, 0, 6], [-100, 3, 3]])
 IGNORED = np.full((2, 3), -100)
+STARTS = np.array([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]])
 ANGLES = np.random.default_rng(1).uniform(-3, 3, size=(4, 3))
 REPEATED = np.array([[0, 2], [2, 2]])
 FROZEN = np.random.default_rng(2).normal(size=(5, 4))
@@ -111,10 +112,14 @@ def _torch_rope(torch: Any, x: Any) -> Any:
     return x * cos + torch.cat([-x2, x1], dim=-1) * sin
 
 
-def _torch_attention(torch: Any, q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
+def _torch_attention(
+    torch: Any, q: Any, k: Any, v: Any, scale: float | None = None, starts: np.ndarray | None = None
+) -> Any:
     T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    if starts is not None:
+        mask = mask & (torch.arange(S) >= torch.from_numpy(starts)[:, None, :, None])  # (B, 1, T, S)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     return sdpa(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
@@ -302,6 +307,9 @@ CASES: list[Case] = [
     _case("attention", (2, 3, 2, 4), (2, 3, 2, 4), (2, 3, 2, 4), what="scale", stencil=5,
           fn=lambda q, k, v: ops.attention(q, k, v, scale=0.7),
           torch=lambda t, q, k, v: _torch_attention(t, q, k, v, 0.7)),
+    _case("attention", (2, 5, 4, 3), (2, 5, 2, 3), (2, 5, 2, 3), what="documents", stencil=5,
+          fn=lambda q, k, v: ops.attention(q, k, v, starts=STARTS),
+          torch=lambda t, q, k, v: _torch_attention(t, q, k, v, starts=STARTS)),
 
     # -- dropout
     *_each("dropout", [(4, 5)], [(0, 3)], fn=_dropout, torch=_torch_dropout),

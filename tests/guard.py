@@ -71,6 +71,11 @@ def run_all(isa: str) -> None:
             for side in ("end", "start"):
                 print(case.kernel, size, side, flush=True)
                 run_in_place(kernels, case, guarded_args(args, side))
+    for name, call in kernel_cases.ROUNDINGS.items():
+        for n in (*range(1, 70), 130, 4097):
+            for side in ("end", "start"):
+                print(name, n, side, flush=True)
+                call(kernels, guarded(kernel_cases.normal(rng, n), side))
     print("done", flush=True)
 
 

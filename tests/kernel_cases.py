@@ -128,6 +128,31 @@ def check(native: Any, reference: Any, case: Case, args: dict[str, Any], *, extr
         assert not problem, f"{case.kernel} output {i}: {problem}"
 
 
+# Kernels that round to a storage format: their results are codes, and equal to the reference's bit for bit. Each as a
+# call of an array x (n,); test_quantize_kernels.py, test_neon.py and guard.py run them.
+
+ROUNDINGS: dict[str, Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]] = {
+    **{
+        f"quantize_4bit {kind} {block}": lambda kernels, x, kind=kind, block=block: kernels.quantize_4bit(
+            x, kind=kind, block=block
+        )
+        for kind in ("nf4", "fp4")
+        for block in (2, 32, 64, 4096)
+    },
+    "quantize_q8_0": lambda kernels, x: kernels.quantize_q8_0(x),
+    "round_bfloat16": lambda kernels, x: (kernels.round_bfloat16(x),),
+}
+
+
+def rounding_mismatch(native: Any, reference: Any, name: str, x: np.ndarray) -> str:
+    """'' when the kernel gives the reference's types and bits; else what differs."""
+    for i, (got, want) in enumerate(zip(ROUNDINGS[name](native, x), ROUNDINGS[name](reference, x), strict=True)):
+        if (got.dtype, got.shape, got.tobytes()) != (want.dtype, want.shape, want.tobytes()):
+            differ = np.flatnonzero(got != want)[:5] if got.shape == want.shape else "the shape"
+            return f"{name} of {x.shape}, output {i}: {got.dtype} {got.shape}, differs at {differ}"
+    return ""
+
+
 # Inputs
 
 
@@ -169,22 +194,30 @@ def make_qkv(rng: np.random.Generator, B: int, T: int, S: int, H: int, KH: int, 
     return {"q": normal(rng, B, T, H, D), "k": normal(rng, B, S, KH, D), "v": normal(rng, B, S, KH, D)}
 
 
-def make_attention_forward(rng: np.random.Generator, **sizes: int) -> dict[str, Any]:
-    return make_qkv(rng, **sizes) | {"scale": 1 / np.sqrt(max(sizes["D"], 1)).item()}
+def make_starts(rng: np.random.Generator, B: int, T: int, documents: int) -> np.ndarray:
+    """(B, T): rows of so many documents (of one token each where there are more), cut anywhere, each row elsewhere."""
+    starts = np.zeros((B, T), np.int64)
+    for row in starts:
+        cuts = rng.permutation(np.arange(1, T))[: documents - 1]
+        row[cuts] = cuts
+    return np.maximum.accumulate(starts, axis=1)
 
 
-def make_attention_backward(rng: np.random.Generator, **sizes: int) -> dict[str, Any]:
-    args = make_attention_forward(rng, **sizes)
-    q, k, v, scale = (np.asarray(args[name], np.float64) for name in ("q", "k", "v", "scale"))
-    p, lse, _ = naive_attention(q, k, scale)
+def make_attention_forward(rng: np.random.Generator, documents: int = 0, **sizes: int) -> dict[str, Any]:
+    """`documents` in each row; 0 for none in particular, and no `starts`."""
+    starts = {"starts": make_starts(rng, sizes["B"], sizes["T"], documents)} if documents else {}
+    return make_qkv(rng, **sizes) | starts | {"scale": 1 / np.sqrt(max(sizes["D"], 1)).item()}
+
+
+def make_attention_backward(rng: np.random.Generator, documents: int = 0, **sizes: int) -> dict[str, Any]:
+    args = make_attention_forward(rng, documents, **sizes)
+    q, k, v = (args[name].astype(np.float64) for name in ("q", "k", "v"))
+    starts = {"starts": args["starts"]} if documents else {}
+    p, lse, _ = naive_attention(q, k, args["scale"], **starts)
     o = np.einsum("bhts,bshd->bthd", p, per_head(v, q)).astype(np.float32)
-    return {
-        "do": normal(rng, *q.shape),
-        **args,
-        "o": o,
-        "lse": lse.astype(np.float32),
-        "scale": args["scale"],
-    }
+    inputs = {name: args[name] for name in ("q", "k", "v")}
+    outputs = {"o": o, "lse": lse.astype(np.float32)}
+    return {"do": normal(rng, *q.shape), **inputs, **outputs, **starts, "scale": args["scale"]}
 
 
 def make_linear_cross_entropy(
@@ -371,13 +404,15 @@ def per_head(k, q):
     return np.repeat(k, q.shape[2] // max(k.shape[2], 1), axis=2)
 
 
-def naive_attention(q, k, scale):
+def naive_attention(q, k, scale, starts=None):
     """(p (B, H, T, S), lse (B, H, T), scores): softmax of the causally masked scaled scores, all of them
     stored.
     """
     scores = np.einsum("bthd,bshd->bhts", q, per_head(k, q)) * scale
     T, S = scores.shape[-2:]
     hidden = np.arange(S)[None, :] > np.arange(T)[:, None] + (S - T)
+    if starts is not None:
+        hidden = hidden | (np.arange(S) < starts[:, None, :, None])  # (B, 1, T, S)
     masked = np.where(hidden, -np.inf, scores)
     top = masked.max(-1, keepdims=True, initial=-np.finfo(np.float64).max)
     e = np.exp(masked - top)
@@ -385,9 +420,13 @@ def naive_attention(q, k, scale):
     return e / z, (top + np.log(z))[..., 0], np.where(hidden, 0, scores)
 
 
+def magnitude(x):
+    """|x|, 0 where that is not finite: an inf spoils the results it reaches, not the bounds of the others."""
+    return np.where(np.isfinite(x), np.abs(x), 0)
+
+
 def largest(x):
-    """The largest magnitude among the finite: an inf spoils its own row, not the bounds of the others."""
-    return np.abs(np.where(np.isfinite(x), x, 0)).max(initial=0)
+    return magnitude(x).max(initial=0)
 
 
 def score_error(q, k, lse, scores, scale):
@@ -396,15 +435,15 @@ def score_error(q, k, lse, scores, scale):
     return total(q.shape[-1]) * size + EPS * (8 + largest(scores) + largest(lse))
 
 
-def bound_attention_forward(o, lse, q, k, v, scale):
-    p, _, scores = naive_attention(q, k, scale)
+def bound_attention_forward(o, lse, q, k, v, scale, starts=None):
+    p, _, scores = naive_attention(q, k, scale, starts)
     error = score_error(q, k, lse, scores, scale) + total(k.shape[1])
-    return error * np.einsum("bhts,bshd->bthd", p, np.abs(per_head(v, q))), error * (1 + np.abs(lse))
+    return error * np.einsum("bhts,bshd->bthd", p, magnitude(per_head(v, q))), error * (1 + np.abs(lse))
 
 
-def bound_attention_backward(dq, dk, dv, do, q, k, v, o, lse, scale):
+def bound_attention_backward(dq, dk, dv, do, q, k, v, o, lse, scale, starts=None):
     (_, T, _, D), (B, S, KH, _) = q.shape, k.shape
-    seen, _, scores = naive_attention(q, k, scale)
+    seen, _, scores = naive_attention(q, k, scale, starts)
     p = np.where(
         seen > 0, np.exp(scores - lse[..., None]), 0
     )  # from the lse that is given, as the kernel must
@@ -415,9 +454,9 @@ def bound_attention_backward(dq, dk, dv, do, q, k, v, o, lse, scale):
         p > 0, p * (dp + delta) * abs(scale), 0
     )  # an inf that a query does not see is not its error
     shared = (B, S, KH, q.shape[2] // max(KH, 1), D)  # the query heads that read one kv head add up
-    bound_k = np.einsum("bhts,bthd->bshd", ds, np.abs(q)).reshape(shared).sum(3)
-    bound_v = np.einsum("bhts,bthd->bshd", p, np.abs(do)).reshape(shared).sum(3)
-    return error * np.einsum("bhts,bshd->bthd", ds, np.abs(per_head(k, q))), error * bound_k, error * bound_v
+    bound_k = np.einsum("bhts,bthd->bshd", ds, magnitude(q)).reshape(shared).sum(3)
+    bound_v = np.einsum("bhts,bthd->bshd", p, magnitude(do)).reshape(shared).sum(3)
+    return error * np.einsum("bhts,bshd->bthd", ds, magnitude(per_head(k, q))), error * bound_k, error * bound_v
 
 
 def bound_cross_entropy_forward(losses, lse, logits, targets, ignore_index):
@@ -523,33 +562,36 @@ def rope_case(kernel: str, x: str) -> Case:
     )
 
 
-def qkv(B: int, T: int, S: int, H: int, KH: int, D: int) -> dict[str, int]:
-    return {"B": B, "T": T, "S": S, "H": H, "KH": KH, "D": D}
+def qkv(B: int, T: int, S: int, H: int, KH: int, D: int, **documents: int) -> dict[str, int]:
+    return {"B": B, "T": T, "S": S, "H": H, "KH": KH, "D": D, **documents}
 
 
-def each_query_alone_forward(reference, q, k, v, scale):
+def each_query(q, k, starts):
+    """(its row, its place in it, the keys it may see) of every query, as slices."""
+    T, S = q.shape[1], k.shape[1]
+    for b, t in np.ndindex(q.shape[:2]):
+        first = 0 if starts is None else starts[b, t]
+        yield slice(b, b + 1), slice(t, t + 1), slice(first, S - T + t + 1)
+
+
+def each_query_alone_forward(reference, q, k, v, scale, starts=None):
     """Attention without a mask: every query with just the keys it may see. 0 * inf is nan, so a mask that
     multiplies by zero lets an inf through; a key that is not there does not.
     """
-    T, S = q.shape[1], k.shape[1]
-    seen = [S - T + t + 1 for t in range(T)]
-    rows = [
-        reference.attention_forward(q[:, t : t + 1], k[:, :n], v[:, :n], scale=scale)
-        for t, n in enumerate(seen)
-    ]
-    return np.concatenate([o for o, _ in rows], axis=1), np.concatenate([lse for _, lse in rows], axis=2)
+    o, lse = np.zeros_like(q), np.zeros((q.shape[0], q.shape[2], q.shape[1]), q.dtype)
+    for b, t, keys in each_query(q, k, starts):
+        o[b, t], lse[b, :, t] = reference.attention_forward(q[b, t], k[b, keys], v[b, keys], scale=scale)
+    return o, lse
 
 
-def each_query_alone_backward(reference, do, q, k, v, o, lse, scale):
-    T, S = q.shape[1], k.shape[1]
+def each_query_alone_backward(reference, do, q, k, v, o, lse, scale, starts=None):
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for t in range(T):
-        n, one = S - T + t + 1, slice(t, t + 1)
-        dq[:, one], dk_t, dv_t = reference.attention_backward(
-            do[:, one], q[:, one], k[:, :n], v[:, :n], o[:, one], lse[:, :, one], scale=scale
+    for b, t, keys in each_query(q, k, starts):
+        dq[b, t], dk_t, dv_t = reference.attention_backward(
+            do[b, t], q[b, t], k[b, keys], v[b, keys], o[b, t], lse[b, :, t], scale=scale
         )
-        dk[:, :n] += dk_t
-        dv[:, :n] += dv_t
+        dk[b, keys] += dk_t
+        dv[b, keys] += dv_t
     return dq, dk, dv
 
 
@@ -569,12 +611,25 @@ def attention_case(
             qkv(1, 130, 131, 2, 1, 48),
             qkv(1, 64, 128, 2, 2, 64),
             qkv(1, 33, 33, 1, 1, 257),
+            qkv(2, 50, 50, 2, 1, 17, documents=1),
+            qkv(3, 7, 7, 2, 2, 5, documents=3),
+            qkv(2, 201, 201, 4, 2, 16, documents=4),
+            qkv(1, 96, 96, 1, 1, 9, documents=96),
+            qkv(1, 300, 300, 3, 1, 40, documents=11),
         ),
-        empty=(qkv(0, 3, 3, 2, 1, 4), qkv(2, 0, 0, 2, 1, 4), qkv(2, 0, 5, 2, 1, 4)),
+        empty=(
+            qkv(0, 3, 3, 2, 1, 4),
+            qkv(2, 0, 0, 2, 1, 4),
+            qkv(2, 0, 5, 2, 1, 4),
+            qkv(0, 3, 3, 2, 1, 4, documents=2),
+            qkv(2, 0, 0, 2, 1, 4, documents=1),
+        ),
         tails=(
             lambda n: qkv(1, 3, 4, 2, 1, n),
             lambda n: qkv(1, n, n, 2, 1, 5),
             lambda n: qkv(1, 2, n + 1, 2, 2, 3),
+            lambda n: qkv(1, n, n, 2, 1, 5, documents=1 + n // 9),
+            lambda n: qkv(1, 96, 96, 2, 1, 6, documents=n),
         ),
         large=qkv(2, 193, 200, 6, 3, 40),
         formula=formula,

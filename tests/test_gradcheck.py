@@ -287,8 +287,8 @@ def _swiglu_without_slope(dy, gate, up):
     return dy * up * s, dy * gate * s
 
 
-def _attention_without_delta(do, q, k, v, o, lse, *, scale):
-    return reference.attention_backward(do, q, k, v, np.zeros_like(o), lse, scale=scale)
+def _attention_without_delta(do, q, k, v, o, lse, starts, *, scale):
+    return reference.attention_backward(do, q, k, v, np.zeros_like(o), lse, starts, scale=scale)
 
 
 def _cross_entropy_without_target(dlosses, logits, targets, lse, *, ignore_index):

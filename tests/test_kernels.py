@@ -9,6 +9,7 @@ import itertools
 import re
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def test_every_kernel_of_the_header_and_of_the_package_is_in_the_table():
     in_c = {name for name in re.findall(r"^void ent_(\w+)\(", header, re.MULTILINE)}
     in_c |= {name for name in re.findall(r"^double ent_(\w+)\(", header, re.MULTILINE)}
     elsewhere = {"fma_peak", "unpack", "unpack_rows"}  # the last two: test_packed_kernels.py
+    elsewhere |= {"quantize_4bit", "quantize_q8_0", "round_bfloat16"}  # bit for bit: test_quantize_kernels.py
     assert in_c - set(BY_NAME) == elsewhere, "a kernel without a case"
     assert set(kernels.KERNELS) - set(BY_NAME) == elsewhere, "a kernel without a case"
     assert set(BY_NAME) <= set(kernels.KERNELS), "a case without a kernel"
@@ -525,6 +527,123 @@ def test_attention_forward_is_blind_to_whatever_comes_later(value, isa, native):
         assert after[:, :seen].tobytes() == before[:, :seen].tobytes()
 
 
+# Documents packed into one row
+
+BORDERS = {  # lengths of documents, against blocks of 96 queries and 96 keys
+    "tiny": [1, 2, 1, 3, 5, 1, 4, 6, 7],
+    "one token each": [1] * 9,
+    "one block each": [96, 96],
+    "around one block": [95, 1, 97, 2, 96, 191],
+    "across blocks": [50, 100, 3, 193],
+    "one document": [150],
+}
+
+
+def packed(rng, lengths: list[int], H: int = 4, KH: int = 2, D: int = 11):
+    """q, k, v, do and starts of one row of documents; and the slice of each."""
+    T, ends = sum(lengths), np.cumsum(lengths)
+    heads = [normal(rng, 1, T, heads, D) for heads in (H, KH, KH, H)]
+    documents = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+    return *heads, np.repeat(ends - lengths, lengths)[None], documents
+
+
+def attention(native, q, k, v, do, starts=None):
+    """o, lse (turned to (B, T, H)), dq, dk, dv"""
+    o, lse = native.attention_forward(q, k, v, starts, scale=0.3)
+    return o, lse.swapaxes(1, 2), *native.attention_backward(do, q, k, v, o, lse, starts, scale=0.3)
+
+
+@pytest.mark.parametrize("lengths", BORDERS.values(), ids=BORDERS)
+def test_a_packed_document_is_computed_to_the_bits_it_has_alone(lengths, isa, native):
+    """But for dk and dv, which shares of the work are added up to: those within rounding, where there are several."""
+    *heads, starts, documents = packed(np.random.default_rng(23), lengths)
+    whole, case = attention(native, *heads, starts), BY_NAME["attention_backward"]
+    for at in documents:
+        q, k, v, do = (x[:, at] for x in heads)
+        o, lse, *grads = attention(native, q, k, v, do)
+        for alone, among in zip((o, lse, grads[0]), whole, strict=False):
+            assert alone.tobytes() == among[:, at].tobytes()
+        args = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse.swapaxes(1, 2).copy(), "scale": 0.3}
+        wanted, bounds = expected(reference, case, args)
+        for among, want, bound in zip(whole[3:], wanted[1:], bounds[1:], strict=True):
+            problem = mismatch(among[:, at], want, bound)
+            assert not problem, f"tokens {at.start} to {at.stop}: {problem}"
+
+
+def test_starts_of_zero_change_no_bit(isa, native):
+    for T in (1, 2, 3, 4, 5, 64, 97, 300):
+        *heads, starts, _ = packed(np.random.default_rng(T), [T])
+        for one, other in zip(attention(native, *heads, starts), attention(native, *heads), strict=True):
+            assert one.tobytes() == other.tobytes(), f"T = {T}"
+
+
+def blind(native, lengths, value, *, lie: int = 0) -> bool:
+    """Whether one document's results are what they were when all others hold `value` in q, k, v and do; `lie` tells
+    the kernel starts so many tokens too early.
+    """
+    *heads, starts, documents = packed(np.random.default_rng(24), lengths)
+    starts = np.maximum(starts - lie, 0)
+    before = attention(native, *heads, starts)
+    for at in documents:
+        spoilt = [np.full_like(x, value) for x in heads]
+        for x, own in zip(spoilt, heads, strict=True):
+            x[:, at] = own[:, at]
+        after = attention(native, *spoilt, starts)
+        if any(x[:, at].tobytes() != y[:, at].tobytes() for x, y in zip(before, after, strict=True)):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("lengths", BORDERS.values(), ids=BORDERS)
+def test_no_document_is_touched_by_what_another_holds(lengths, value, isa, native):
+    assert blind(native, lengths, value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_start_one_token_too_early_is_found(value, native):
+    for lengths in (BORDERS["tiny"], BORDERS["around one block"]):
+        assert not blind(native, lengths, value, lie=1)
+
+
+def test_documents_cost_what_is_theirs_not_what_the_row_would(native):
+    """64 documents of 32 tokens take a small part of the time of one of 2048 (1/18 where this was measured)."""
+    *heads, starts, _ = packed(np.random.default_rng(28), [32] * 64, D=64)
+
+    def fastest(starts) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            attention(native, *heads, starts)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert fastest(starts) < fastest(None) / 4
+
+
+def test_starts_need_not_be_documents(isa, native):
+    """A window: each query sees itself and the 7 keys before it."""
+    *heads, _, _ = packed(np.random.default_rng(25), [150])
+    q, k, v, do = heads
+    starts = np.maximum(np.arange(150) - 7, 0)[None]
+    args = {"q": q, "k": k, "v": v, "starts": starts, "scale": 0.3}
+    check(native, reference, BY_NAME["attention_forward"], args)
+    o, lse = native.attention_forward(q, k, v, starts, scale=0.3)
+    args = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "starts": starts, "scale": 0.3}
+    check(native, reference, BY_NAME["attention_backward"], args)
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward"])
+def test_extreme_values_stay_in_their_document(kernel, isa, native):
+    case, rng = BY_NAME[kernel], np.random.default_rng(26)
+    args = case.make(rng, B=2, T=9, S=9, H=2, KH=1, D=3, documents=4)
+    floats = [name for name, x in args.items() if isinstance(x, np.ndarray) and x.dtype.kind == "f"]
+    for name, value in itertools.product(floats, (np.inf, -np.inf, np.nan)):
+        planted = args | {name: args[name].copy()}
+        planted[name].flat[int(rng.integers(args[name].size))] = value
+        check(native, reference, case, planted, extreme=True)
+
+
 # Losses
 
 
@@ -556,7 +675,18 @@ def test_ignored_rows_cost_and_change_nothing(isa, native):
 # Index arrays
 
 
-@pytest.mark.parametrize("dtype", ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", ">i4", ">i8"])
+INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", ">i4", ">i8"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_starts_of_any_integer_type(dtype, native):
+    *heads, starts, _ = packed(np.random.default_rng(27), BORDERS["tiny"])
+    want = attention(native, *heads, starts)
+    for got, wanted in zip(attention(native, *heads, starts.astype(dtype)), want, strict=True):
+        assert got.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_ids_of_any_integer_type(dtype, native):
     rng = np.random.default_rng(21)
     ids, dy = rng.integers(0, 7, 30), normal(rng, 30, 5)
@@ -603,6 +733,19 @@ WRONG = {
         lambda k: k.attention_forward(*qkv((1, 5, 4, 8), (1, 3, 4, 8)), scale=1.0),
     ),
     "attention axes": (ValueError, lambda k: k.attention_forward(*qkv((5, 4, 8), (5, 4, 8)), scale=1.0)),
+    "starts shape": (ValueError, lambda k: start(k, [[0, 0]])),
+    "starts axes": (ValueError, lambda k: start(k, [0, 0, 0])),
+    "starts of floats": (TypeError, lambda k: start(k, [[0.0, 0, 0]])),
+    "start later": (IndexError, lambda k: start(k, [[0, 1, 3]])),
+    "start below 0": (IndexError, lambda k: start(k, [[0, -1, 0]])),
+    "start u64": (IndexError, lambda k: start(k, np.array([[0, 2**64 - 1, 0]], np.uint64))),
+    "starts decrease": (ValueError, lambda k: start(k, [[0, 1, 0]])),
+    "starts u8 decrease": (ValueError, lambda k: start(k, np.array([[0, 1, 0]], np.uint8))),
+    "starts with a cache": (
+        ValueError,
+        lambda k: k.attention_forward(*qkv((1, 3, 2, 4), (1, 5, 2, 4)), np.zeros((1, 3), int), scale=1.0),
+    ),
+    "starts backward": (ValueError, lambda k: start_backward(k, [[0, 1, 0]])),
     "targets shape": (
         ValueError,
         lambda k: k.cross_entropy_forward(ones(3, 4), np.zeros(4, int), ignore_index=-1),
@@ -647,6 +790,15 @@ def ones(*shape: int) -> np.ndarray:
 
 def qkv(q: tuple[int, ...], k: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     return ones(*q), ones(*k), ones(*k)
+
+
+def start(kernels, starts):
+    kernels.attention_forward(*qkv((1, 3, 2, 4), (1, 3, 2, 4)), np.asarray(starts), scale=1.0)
+
+
+def start_backward(kernels, starts):
+    (q, k, v), lse = qkv((1, 3, 2, 4), (1, 3, 2, 4)), ones(1, 2, 3)
+    kernels.attention_backward(q, q, k, v, q, lse, np.asarray(starts), scale=1.0)
 
 
 def step(kernels, p, g, number):

@@ -15,7 +15,7 @@ import subprocess
 import foreign
 import numpy as np
 import pytest
-from kernel_cases import CASES, check, normal
+from kernel_cases import CASES, ROUNDINGS, check, normal, rounding_mismatch
 
 from entrenar.kernels import reference
 
@@ -74,6 +74,14 @@ def test_every_kernel_equals_its_reference(case, other, native):
         args = case.make(rng, **size)
         check(native, reference, case, args)
     assert other.calls >= before + len(case.sizes)
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_every_rounding_gives_its_references_bits(name, other, native):
+    rng = np.random.default_rng(4)
+    for n in (*range(70), 1000, 4097):
+        assert not rounding_mismatch(native, reference, name, normal(rng, n))
+        assert not rounding_mismatch(native, reference, name, normal(rng, n) * np.float32(1e-39))
 
 
 def test_products_of_every_layout(other, native):

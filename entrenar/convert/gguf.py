@@ -22,6 +22,7 @@ from entrenar.files import new_file
 from entrenar.formats.gguf import Tensor, write_gguf
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.model import rope_frequencies
+from entrenar.llama.packed import Floats
 
 # kind -> (type of the matrices, general.file_type)
 KINDS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
@@ -127,18 +128,20 @@ def _tensors(model: Llama, dtype: str) -> Iterator[Tensor]:
     if model.config.rope_scaling is not None:
         factors = rope_factors(model.config)
         yield Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
-    for key, weight in model.state_dict().items():
+    weights = Floats(model)
+    for key in weights:
+        shape = weights.shape(key)
         stem, _, part = key.rpartition(".")  # weight or bias
         block = stem.removeprefix("model.layers.").split(".", 1)
         layer = f"blk.{block[0]}." if stem.startswith("model.layers.") else ""
         stem = block[1] if layer else stem
-        kind = "F32" if weight.ndim == 1 else "F16" if dtype == "Q8_0" and weight.shape[1] % 32 else dtype
-        values = functools.partial(_turned, weight, heads.get(stem))
-        yield Tensor(f"{layer}{NAMES[stem]}.{part}", weight.shape, kind, values)
+        kind = "F32" if len(shape) == 1 else "F16" if dtype == "Q8_0" and shape[1] % 32 else dtype
+        values = functools.partial(_turned, weights, key, heads.get(stem))
+        yield Tensor(f"{layer}{NAMES[stem]}.{part}", shape, kind, values)
 
 
-def _turned(weight: np.ndarray, heads: int | None) -> np.ndarray:
-    return weight if heads is None else interleave(weight, heads)
+def _turned(weights: Floats, key: str, heads: int | None) -> np.ndarray:
+    return weights[key] if heads is None else interleave(weights[key], heads)
 
 
 def rope_factors(config: LlamaConfig) -> np.ndarray:

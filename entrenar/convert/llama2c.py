@@ -33,6 +33,7 @@ from entrenar.files import new_file
 from entrenar.formats import FormatError, open_regular, short
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.model import rope_tables
+from entrenar.llama.packed import Floats
 from entrenar.nn import unfilled
 
 MAGIC, HEADER = 0x616B3432, 256
@@ -100,7 +101,7 @@ def export_llama2c(model: Llama, path: str | Path, *, version: int = 0, replace:
     Raises ConvertError with everything about the model that run.c cannot compute, FileExistsError unless the file may
     be replaced, OSError where the disk refuses.
     """
-    config, state = model.config, model.state_dict()
+    config, state = model.config, Floats(model)
     if wrong := list(_cannot(config, version)):
         raise ConvertError("llama2.c cannot run this model: " + "; ".join(wrong))
     H, KH, _ = config.heads

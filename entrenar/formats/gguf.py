@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from entrenar import kernels
 from entrenar.formats import Entry, FormatError, open_regular, short
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -140,18 +141,10 @@ def quantize_q8_0(x: np.ndarray) -> np.ndarray:
 
     A block too small for 1/d to be a number is stored as zeros: its d is 0 in float16.
     """
-    blocks = x.reshape(-1, 32)
-    d = np.abs(blocks).max(axis=1, keepdims=True, initial=0) / np.float32(127)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / d
-    scaled = blocks * np.where(np.isfinite(inverse), inverse, np.float32(0))
-    magnitude = np.abs(scaled)
-    whole = np.floor(magnitude)
-    whole += np.floor(2 * (magnitude - whole))
-    out = np.empty((len(blocks), 34), np.uint8)
-    with np.errstate(over="ignore"):  # the writer refuses scales beyond float16
-        out[:, :2] = d.astype("<f2").view(np.uint8)
-    out[:, 2:] = np.copysign(whole, scaled).astype(np.int8).view(np.uint8)
+    codes, scales = kernels.quantize_q8_0(x.reshape(-1))  # infinite scales too: the writer refuses them before
+    out = np.empty((scales.size, 34), np.uint8)
+    out[:, :2] = scales.astype("<f2")[:, None].view(np.uint8)
+    out[:, 2:] = codes.reshape(-1, 32).view(np.uint8)
     return out.reshape(*x.shape[:-1], x.shape[-1] // 32 * 34)
 
 

@@ -112,6 +112,30 @@ def attention(kernel: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         raise ValueError(f"{kernel}: causal: wants no fewer keys than queries (S >= T), got {shapes}")
 
 
+def documents(kernel: str, starts: np.ndarray | None, q: np.ndarray, k: np.ndarray) -> np.ndarray | None:
+    """starts (B, T), not decreasing along T, 0 <= starts[b, t] <= t, where S = T; returns starts as int64, or None."""
+    if starts is None:
+        return None
+    starts, (B, T), S = np.asarray(starts), q.shape[:2], k.shape[1]
+    if S != T:
+        raise ValueError(f"{kernel}: starts want as many keys as queries (S = T), got q {q.shape}, k {k.shape}")
+    if starts.shape != (B, T):
+        raise ValueError(f"{kernel}: q {q.shape} wants starts of shape {(B, T)}, got {starts.shape}")
+    if starts.dtype.kind not in "iu" and starts.size:
+        raise TypeError(f"{kernel}: starts must be integers, got {starts.dtype}")
+
+    outside = (starts < 0) | (starts > np.arange(T))
+    if outside.any():
+        b, t = np.argwhere(outside)[0].tolist()
+        raise IndexError(f"{kernel}: starts[{b}, {t}] is {starts[b, t]}, wanted 0 <= start <= {t}, the query itself")
+    earlier = starts[:, 1:] < starts[:, :-1]
+    if earlier.any():
+        b, t = np.argwhere(earlier)[0].tolist()
+        came = f"starts[{b}, {t + 1}] is {starts[b, t + 1]} after {starts[b, t]}"
+        raise ValueError(f"{kernel}: {came}, wanted starts that do not decrease along a row")
+    return starts.astype(np.int64, copy=False)
+
+
 def attention_backward(
     kernel: str, do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray
 ) -> None:

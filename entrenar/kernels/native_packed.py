@@ -75,6 +75,6 @@ def packed_linear_backward(dy: Array, w: Packed) -> Array:
     dy, threads, (O, I) = floats(dy), lib.ent_num_threads, w.shape
     dx = empty(len(dy), I) if O else np.zeros((len(dy), I), np.float32)
     if dx.size and O:
-        work = scratch(lib.ent_matmul_scratch(threads))
+        work = scratch(lib.ent_packed_linear_scratch(threads, len(dy), I))
         lib.ent_packed_linear_backward(at(dx), at(dy), packed(w), work, threads, len(dy))
     return dx

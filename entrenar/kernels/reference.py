@@ -263,17 +263,21 @@ _ERFC_Q += [3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3,
 # -- attention
 
 
-def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
+def attention_forward(
+    q: Array, k: Array, v: Array, starts: Array | None = None, *, scale: float
+) -> tuple[Array, Array]:
     """o_t = sum_s p_ts v_s,   p_ts = exp(z_ts - lse_t),   z_ts = scale * q_t k_s,   lse_t = log sum exp z_t
 
-    q, o (B, T, H, D)   k, v (B, S, KH, D)   lse (B, H, T)
+    q, o (B, T, H, D)   k, v (B, S, KH, D)   lse (B, H, T)   starts (B, T) or None
     Sums are over s <= t + S - T: the last query sees all S keys. Query head h reads kv head h // (H/KH).
-    This naive form stores the T x S scores; C does not.
+    Where a row is several documents (S = T), starts[b, t] is the first token of t's, and s >= starts[b, t] besides.
+    This naive form stores the T x S scores, and multiplies hidden ones by 0; C does neither.
     Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", 2023; lse kept for backward: Dao et al., 2022.
     """
     checks.attention("attention", q, k, v)
+    starts = checks.documents("attention", starts, q, k)
     with silent():
-        scores = _masked_scores(q, k, scale)  # (B, KH, G, T, S)
+        scores = _masked_scores(q, k, starts, scale)  # (B, KH, G, T, S)
         lse = _log_sum_exp(scores)
         p = np.exp(scores - lse[..., None])
         o = np.matmul(p, _per_head(v))  # (B, KH, G, T, D)
@@ -281,18 +285,18 @@ def attention_forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Ar
 
 
 def attention_backward(
-    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, *, scale: float
+    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, starts: Array | None = None, *, scale: float
 ) -> tuple[Array, Array, Array]:
     """dv = p^T do,   ds = p * (do v^T - sum(do * o)),   dq = scale * ds k,   dk = scale * ds^T q
 
     with p = exp(scores - lse)
-    do, o, dq like q (B, T, H, D)   dk, dv like k (B, S, KH, D)   lse (B, H, T)
+    do, o, dq like q (B, T, H, D)   dk, dv like k (B, S, KH, D)   lse (B, H, T)   starts (B, T) or None
     """
     # softmax: ds = p (dp - sum_s dp p), and sum_s dp_ts p_ts = do_t . sum_s p_ts v_s = do_t . o_t
     checks.attention_backward("attention_backward", do, q, k, v, o, lse)
-    KH = k.shape[2]
+    starts, KH = checks.documents("attention_backward", starts, q, k), k.shape[2]
     with silent():
-        scores = _masked_scores(q, k, scale)
+        scores = _masked_scores(q, k, starts, scale)
         p = np.exp(scores - lse.reshape(scores.shape[:-1])[..., None])
         do, o, q_heads = _group_heads(do, KH), _group_heads(o, KH), _group_heads(q, KH)
         ds = p * (np.matmul(do, _per_head(v).swapaxes(-1, -2)) - (do * o).sum(axis=-1, keepdims=True))
@@ -304,11 +308,14 @@ def attention_backward(
         return _join_heads(dq, q.shape), _fresh(dk.swapaxes(1, 2)), _fresh(dv.swapaxes(1, 2))
 
 
-def _masked_scores(q: Array, k: Array, scale: float) -> Array:
-    """scale * q k^T, -inf where s > t + S - T          (B, KH, G, T, S)"""
+def _masked_scores(q: Array, k: Array, starts: Array | None, scale: float) -> Array:
+    """scale * q k^T, -inf where s > t + S - T or s < starts          (B, KH, G, T, S)"""
     T, S, KH = q.shape[1], k.shape[1], k.shape[2]
     scores = np.matmul(_group_heads(q, KH), _per_head(k).swapaxes(-1, -2)) * scale
-    return np.where(np.tri(T, S, S - T, dtype=bool), scores, -np.inf)
+    seen = np.tri(T, S, S - T, dtype=bool)
+    if starts is not None:
+        seen = seen & (np.arange(S) >= starts[:, None, None, :, None])  # (B, 1, 1, T, S)
+    return np.where(seen, scores, -np.inf)
 
 
 def _group_heads(x: Array, KH: int) -> Array:

@@ -89,7 +89,8 @@ class Attention(Module):
         self.o_proj = Linear(H * D, C, bias=bias, std=_residual_std(config), dtype=dtype)
         self.layer, self.head_dim = layer, D
 
-    def forward(self, x: Tensor, cos: np.ndarray, sin: np.ndarray, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: np.ndarray, sin: np.ndarray, cache: KVCache | None = None,
+                starts: np.ndarray | None = None) -> Tensor:  # fmt: skip
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).reshape(B, T, -1, self.head_dim)  # (B, T, KH, D)
@@ -97,7 +98,7 @@ class Attention(Module):
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         if cache is not None:
             k, v = (Tensor(part) for part in cache.extend(self.layer, k.data, v.data))  # (B, S, KH, D)
-        y = ops.attention(q, k, v)  # (B, T, H, D)
+        y = ops.attention(q, k, v, starts=starts)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -123,8 +124,9 @@ class Block(Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype)
 
-    def forward(self, x: Tensor, cos: np.ndarray, sin: np.ndarray, cache: KVCache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: Tensor, cos: np.ndarray, sin: np.ndarray, cache: KVCache | None = None,
+                starts: np.ndarray | None = None) -> Tensor:  # fmt: skip
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, starts)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -175,19 +177,26 @@ class Llama(Module):
         """The matrix that turns hidden states into logits (V, C): the embedding's own when tied."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-    def hidden(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:
-        """ids (B, T) -> hidden states (B, T, C) after the last norm; with a cache, ids continue what it holds."""
+    def hidden(self, ids: np.ndarray, cache: KVCache | None = None, starts: np.ndarray | None = None) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, C) after the last norm; with a cache, ids continue what it holds.
+
+        starts (B, T), for rows of several documents: the index in its row of the first token of each token's
+        document. Documents do not see each other. Positions count on through the row, for RoPE turns a query and a
+        key against each other by the difference of theirs alone.
+        """
         ids = np.asarray(ids)
         if ids.ndim != 2:
             raise ValueError(f"Llama: ids must be (batch, time), got shape {ids.shape}")
+        if cache is not None and starts is not None:
+            raise ValueError("Llama: a cache continues one document per row and takes no starts; pass one of the two")
         start = cache.length if cache is not None else 0
         cos, sin = self._rope(start, start + ids.shape[1])
         x = self.model.embed_tokens(ids)
         for block in self.model.layers:
             if self.checkpointing and cache is None:
-                x = ops.checkpoint(block, x, cos, sin)
+                x = ops.checkpoint(block, x, cos, sin, None, starts)
             else:
-                x = block(x, cos, sin, cache)
+                x = block(x, cos, sin, cache, starts)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.model.norm(x)
@@ -200,9 +209,13 @@ class Llama(Module):
         """Hidden states (..., C) -> logits (..., V)"""
         return ops.linear(x, self.head_weight) if self.config.tie_word_embeddings else self.lm_head(x)
 
-    def loss(self, ids: np.ndarray, targets: np.ndarray, *, reduction: Reduction = "mean") -> Tensor:
-        """Cross-entropy in nats of predicting targets (B, T), -100 ignored, from ids (B, T). Never holds the logits."""
-        x = self.hidden(ids)
+    def loss(self, ids: np.ndarray, targets: np.ndarray, *, starts: np.ndarray | None = None,
+             reduction: Reduction = "mean") -> Tensor:  # fmt: skip
+        """Cross-entropy in nats of predicting targets (B, T), -100 ignored, from ids (B, T). Never holds the logits.
+
+        starts (B, T), for rows of several documents, as in `hidden`.
+        """
+        x = self.hidden(ids, starts=starts)
         rows, targets = x.reshape(-1, self.config.hidden_size), np.asarray(targets).reshape(-1)
         if self.config.tie_word_embeddings:
             return ops.linear_cross_entropy(rows, self.head_weight, targets, reduction=reduction)

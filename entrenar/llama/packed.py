@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from entrenar.formats import FormatError, safetensors
+from entrenar import kernels
+from entrenar.formats import FormatError, safetensors, short
 from entrenar.formats.safetensors import SafeTensors
 from entrenar.kernels.packed import KINDS, TABLES, Nested, Packed
 from entrenar.llama.model import Llama
@@ -42,6 +43,18 @@ def storage_of(values: Mapping[str, Any], storage: str | None, where: str) -> st
             "leave storage out, or get the model before it was quantized"
         )
     return "stored"
+
+
+def states_of(values: Mapping[str, Any], files: Mapping[str, SafeTensors], where: str) -> dict[str, list[str]]:
+    """The weights that bitsandbytes quantized, with the parts of each."""
+    states = bitsandbytes.parts_of(files)
+    if states and values.get("quantization_config") is None:
+        name = min(states)
+        raise FormatError(
+            f"{where}: bitsandbytes quantized {short(name)} (there is its {states[name][0]}), but the configuration "
+            "has no quantization_config; take the config.json that belongs to these files"
+        )
+    return states
 
 
 def fill_frozen(model: Llama, own: Mapping[str, Tensor], files: Mapping[str, SafeTensors], states: Mapping[str, Any], *,
@@ -93,6 +106,26 @@ def place(model: Module, name: str, weight: Tensor | Packed) -> None:
 
 
 # Writing
+
+
+class Floats(Mapping[str, np.ndarray]):
+    """Every weight of a model as floats, by name: those in a storage format are decoded when they are asked for."""
+
+    def __init__(self, model: Llama) -> None:
+        self._state, self._packed = model.state_dict(), dict(model.named_packed())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return kernels.unpack(self._packed[name]) if name in self._packed else self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._state
+        yield from self._packed
+
+    def __len__(self) -> int:
+        return len(self._state) + len(self._packed)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._packed[name].shape if name in self._packed else self._state[name].shape
 
 
 class Group(NamedTuple):

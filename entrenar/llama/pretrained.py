@@ -25,9 +25,18 @@ from entrenar.formats.safetensors import SafeTensors
 from entrenar.formats.strict_json import read_object
 from entrenar.llama.config import LlamaConfig
 from entrenar.llama.model import Llama
-from entrenar.llama.packed import EMBEDDING, HEAD, STORED, Group, fill_frozen, groups_of, quantization_of, storage_of
+from entrenar.llama.packed import (
+    EMBEDDING,
+    HEAD,
+    STORED,
+    Group,
+    fill_frozen,
+    groups_of,
+    quantization_of,
+    states_of,
+    storage_of,
+)
 from entrenar.nn import unfilled
-from entrenar.quant import bitsandbytes
 from entrenar.tensor import Tensor
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -48,9 +57,19 @@ class Saveable(Protocol):
 # Reading
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the model in a folder. Raises FormatError where there is none, or one entrenar does not know."""
-    return LlamaConfig.from_dict(config_values(folder), where=str(Path(folder) / CONFIG))
+def read_config(folder: str | Path, *, trainable: bool = False) -> LlamaConfig:
+    """The shape of the model in a folder. Raises FormatError where there is none, or one entrenar does not know.
+
+    trainable   refuse a model that bitsandbytes quantized, too: its weights are frozen
+    """
+    values = config_values(folder)
+    config = LlamaConfig.from_dict(values, where=str(Path(folder) / CONFIG))
+    if trainable and values.get("quantization_config") is not None:
+        raise FormatError(
+            f"{folder}: its weights are quantized (quantization_config in {CONFIG}), and so frozen: there is nothing "
+            "to train; take the model before it was quantized"
+        )
+    return config
 
 
 def config_values(folder: str | Path) -> dict[str, Any]:
@@ -84,11 +103,11 @@ def from_pretrained(folder: str | Path, *, storage: str | None = None, double_qu
         raise ValueError(f"from_pretrained: weights stored as {storage or frozen} compute as float32, not {dtype}")
     with contextlib.ExitStack() as opened:
         files = open_weights(folder, opened)
-        _check_size(folder, config, files)
+        check_size(folder, config, files)
         with unfilled():
             model = Llama(config, checkpointing=checkpointing, dtype=dtype)
         own = dict(model.named_parameters())
-        states = bitsandbytes.parts_of(files) if "quantization_config" in values else {}
+        states = states_of(values, files, str(folder))
         check_tensors(folder, config, own, files, states)
         if frozen is None:
             wrong = list(_fill(own, files))
@@ -158,7 +177,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return where
 
 
-def _check_size(folder: Path, config: LlamaConfig, files: Mapping[str, SafeTensors]) -> None:
+def check_size(folder: Path, config: LlamaConfig, files: Mapping[str, SafeTensors]) -> None:
     """Raise FormatError for a configuration far from the files' size, before anything of that size is made."""
     have = sum(file.entries[name].size for name, file in files.items())
     want = config.parameter_count()

@@ -56,20 +56,20 @@ class Rope(Op):
 
 
 class Attention(Op):
-    """o_t = sum over s <= t + S - T of softmax(scale * q_t k_s) v_s
+    """o_t = sum over starts_t <= s <= t + S - T of softmax(scale * q_t k_s) v_s
 
-    q, o (B, T, H, D)   k, v (B, S, KH, D)
+    q, o (B, T, H, D)   k, v (B, S, KH, D)   starts (B, T), a constant, or None: from the first key on
     """
 
-    def forward(self, q, k, v, *, scale):
-        o, lse = kernels.attention_forward(q, k, v, scale=scale)
+    def forward(self, q, k, v, *, starts, scale):
+        o, lse = kernels.attention_forward(q, k, v, starts, scale=scale)
         # lse (B, H, T) stands for the T x S scores, which backward makes again.
-        self.save(q, k, v, o, lse, scale)
+        self.save(q, k, v, o, lse, starts, scale)
         return o
 
     def backward(self, do):
-        q, k, v, o, lse, scale = self.saved
-        return kernels.attention_backward(do, q, k, v, o, lse, scale=scale)
+        *arrays, scale = self.saved
+        return kernels.attention_backward(do, *arrays, scale=scale)
 
 
 def softmax(x: Any, axis: int = -1) -> Tensor:
@@ -111,13 +111,15 @@ def _angles(angles: Any, dtype: np.dtype) -> np.ndarray:
     return angles.data.astype(dtype, copy=False)
 
 
-def attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Tensor:
+def attention(q: Any, k: Any, v: Any, scale: float | None = None, starts: np.ndarray | None = None) -> Tensor:
     """Causal attention: each query sees the keys up to its own time, the last query all of them.
 
     q, o (B, T, H, D)   k, v (B, S, KH, D), S >= T, KH a divisor of H   scale 1/sqrt(D) unless given
-    The T x S scores are never stored. Raises ValueError for shapes that do not fit.
+    starts (B, T), integers, for rows of several documents (S = T): the index of the first token of each token's
+    document, before which it sees nothing.
+    The T x S scores are never stored. Raises ValueError for shapes that do not fit, and what `starts` wants besides.
     """
     q, k, v = tensor(q), tensor(k), tensor(v)
     if scale is None:
         scale = max(q.shape[-1:] or (1,)) ** -0.5 if q.size else 1.0
-    return Attention.apply(q, k, v, scale=float(scale))
+    return Attention.apply(q, k, v, starts=starts, scale=float(scale))

@@ -4,5 +4,6 @@ What a Packed is says `entrenar/kernels/packed.py`; which weights of a model bec
 """
 
 from entrenar.quant.blockwise import QuantizeError, quantize
+from entrenar.quant.errors import half_step, output_error
 
-__all__ = ["QuantizeError", "quantize"]
+__all__ = ["QuantizeError", "half_step", "output_error", "quantize"]

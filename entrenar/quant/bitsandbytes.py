@@ -33,6 +33,7 @@ STATE_LIMIT = 10_000  # bytes of the JSON; real ones have some 200
 FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
 NESTED_FIELDS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 NESTED_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+FINITE = float(np.finfo(np.float32).max)
 CLOSE = 1e-6  # how far a table may be from the known one: it is not read, the kernels have their own
 
 Arrays = Mapping[str, np.ndarray]
@@ -136,7 +137,7 @@ def _state_problems(kind: str, state: dict[str, Any], shape: tuple[int, int]) ->
     if not _is_shape(state["shape"], shape):
         wrong.append(f"shape = {short(state['shape'])}, wanted {list(shape)}")
     offset = state.get("nested_offset", 0.0)
-    if not isinstance(offset, (int, float)) or isinstance(offset, bool) or not abs(offset) <= np.finfo(np.float32).max:
+    if not isinstance(offset, (int, float)) or isinstance(offset, bool) or not abs(offset) <= FINITE:
         wrong.append(f"nested_offset = {short(offset)}, wanted a number that float32 holds")
     return wrong
 

@@ -51,7 +51,10 @@ def quantize(w: Array, kind: str, *, block: int = 64, double_quant: bool = True,
         _check(name, x, kind)
         _fill(codes, scales, x, kind, start, block)
     if kind in TABLES and double_quant and scales is not None:
-        return Packed(kind, w.shape, codes, nest(scales), block)
+        try:
+            return Packed(kind, w.shape, codes, nest(scales), block)
+        except OverflowError as error:
+            raise QuantizeError(f"{name}: {error}; double_quant=False keeps them as they are") from None
     return Packed(kind, w.shape, codes, scales, block)
 
 

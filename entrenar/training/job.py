@@ -270,7 +270,7 @@ def pretrained_shape(config: Config) -> LlamaConfig | None:
     if not config.training.start_from:
         return None
     folder = folder_of(config)
-    shape = read_shape(folder)
+    shape = read_shape(folder, trainable=True)
     if config.training.context > shape.max_position_embeddings:
         raise ConfigError(
             f"training.context = {config.training.context}: the model in {folder} has positions for "
