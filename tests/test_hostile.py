@@ -12,8 +12,8 @@ import importlib
 import pytest
 from hostile import planted, runner
 
-MODULES = ("safetensors", "pretrained", "quantized", "tokenfile", "prepared", "config", "tokenizer", "gguf", "llama2c",
-           "checkpoint")  # fmt: skip
+MODULES = ("safetensors", "pretrained", "quantized", "adapter", "tokenfile", "prepared", "config", "tokenizer", "gguf",
+           "llama2c", "checkpoint")  # fmt: skip
 EVERYDAY = 2  # cases of each family
 FAMILIES = [(m, family) for m in MODULES for family in importlib.import_module(f"hostile.{m}").FAMILIES]
 

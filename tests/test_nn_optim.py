@@ -195,3 +195,17 @@ def test_a_small_network_learns():
         loss.backward()
         opt.step()
     assert loss.item() < 0.1 * (wanted**2).mean()
+
+
+def test_what_a_dict_holds_belongs_to_the_tree():
+    class Two(nn.Module):
+        def __init__(self):
+            self.by_name = {"a": nn.Linear(2, 3), "b": Tensor(np.ones(2), requires_grad=True), "c": 5}
+
+    model = Two()
+    assert [name for name, _ in model.named_parameters()] == ["by_name.b", "by_name.a.weight"]
+    assert [name for name, _ in model.named_modules()] == ["by_name.a"]
+    model.eval()
+    assert not model.by_name["a"].training
+    model.freeze()
+    assert not model.parameters() and set(model.state_dict()) == {"by_name.b", "by_name.a.weight"}

@@ -2,6 +2,7 @@
 
 from entrenar.adapters.config import LoraConfig
 from entrenar.adapters.files import load_adapter, read_adapter_config, save_adapter, write_adapter
+from entrenar.adapters.merge import Erased, Proof, merge_adapter, merged, merged_config
 from entrenar.adapters.model import (
     Counts,
     active_adapter,
@@ -15,6 +16,7 @@ from entrenar.adapters.model import (
 )
 
 __all__ = [
-    "Counts", "LoraConfig", "active_adapter", "adapt", "adapter_config", "adapter_names", "adapter_tensors", "count",
-    "load_adapter", "read_adapter_config", "remove_adapter", "save_adapter", "use_adapter", "write_adapter",
+    "Counts", "Erased", "LoraConfig", "Proof", "active_adapter", "adapt", "adapter_config", "adapter_names",
+    "adapter_tensors", "count", "load_adapter", "merge_adapter", "merged", "merged_config", "read_adapter_config",
+    "remove_adapter", "save_adapter", "use_adapter", "write_adapter",
 ]  # fmt: skip

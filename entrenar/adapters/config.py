@@ -17,7 +17,9 @@ from entrenar.formats import FormatError, short
 
 ALL_LINEAR = "all-linear"
 TARGETS = ("q_proj", "v_proj")  # where nothing is said: PEFT's for LLaMA
-RANK, ALPHA, ENTRIES, NAME = 1 << 16, 1e6, 4096, 200  # the most; of entries in a list, of characters in a name
+RANK, ALPHA, ENTRIES, NAME = 1 << 16, 1e6, 2048, 200  # the most; of entries in a list, of characters in a name
+CHARACTERS = 100_000  # of all patterns in a table
+SHOWN = 20  # problems listed in one message
 
 # Keys PEFT writes that are no fields here -> the values with which they change nothing; anything else is refused
 # by name. A null changes nothing either; () stands for "whatever it is": how it was made, or for whom.
@@ -154,7 +156,7 @@ class LoraConfig:
         except _Impossible as error:
             wrong += error.problems
         if wrong:
-            raise FormatError(f"{where}: {'; '.join(wrong)}")
+            raise FormatError(f"{where}: {_listed(wrong)}")
         return config
 
 
@@ -162,8 +164,13 @@ class _Impossible(ValueError):
     """The fields that cannot be; `problems` one by one."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("LoraConfig: " + "; ".join(problems))
+        super().__init__("LoraConfig: " + _listed(problems))
         self.problems = problems
+
+
+def _listed(problems: list[str]) -> str:
+    more = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
+    return "; ".join([*problems[:SHOWN], *more])
 
 
 def _foreign_problems(values: Mapping[str, Any], known: set[str]) -> Iterator[str]:
@@ -195,6 +202,9 @@ def _table_problems(name: str, table: Any, fits: Any, wanted: str) -> Iterator[s
     if not isinstance(table, dict) or len(table) > ENTRIES or not all(isinstance(key, str) for key in table):
         yield f"{name} = {short(table)}: wanted a table of patterns"
         return
+    if sum(map(len, table)) > CHARACTERS:
+        yield f"{name}: patterns of more than {CHARACTERS:,} characters in all"
+        return
     for key, value in table.items():
         if not fits(value):
             yield f"{name}: {short(key)} = {short(value)}: wanted {wanted}"
@@ -205,7 +215,7 @@ def _pattern_problems(name: str, pattern: str) -> Iterator[str]:
     try:
         Pattern(pattern)
     except PatternError as error:
-        yield f"{name}: {error}" if len(pattern) <= NAME else f"{name}: {short(pattern)}: {short(str(error)[-60:])}"
+        yield f"{name}: {error}"
 
 
 def _are_names(value: Any) -> bool:

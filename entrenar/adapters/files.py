@@ -64,7 +64,8 @@ def write_adapter(folder: Path, model: Llama, name: str = "default", *, base: st
     values = config.to_dict()
     if base is not None:
         values["base_model_name_or_path"] = base
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    # Not sort_keys, as PEFT does: of the patterns the first that matches counts, so their order is to stay
+    text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     safetensors.save(folder / WEIGHTS, arrays, {"format": "pt"}, dtype=stored[dtype])
 
@@ -86,7 +87,7 @@ def load_adapter(model: Llama, folder: str | Path, name: str = "default", *, tra
     folder = find_adapter(folder, name)
     config = read_adapter_config(folder)
     try:
-        planned = plan(model, config, every_pattern=False)
+        planned = plan(model, config, strict=False)
     except ValueError as error:
         raise FormatError(f"{folder / CONFIG}: {error}") from None
     with SafeTensors(folder / WEIGHTS) as file:
@@ -95,12 +96,12 @@ def load_adapter(model: Llama, folder: str | Path, name: str = "default", *, tra
 
 
 def find_adapter(folder: str | Path, name: str = "default") -> Path:
-    """The folder itself where it has an adapter's two files, else the one called `name` inside it.
+    """The folder called `name` inside this one where it has an adapter's two files, else the folder itself.
 
     Raises FormatError that says what is missing.
     """
     folder = Path(folder)
-    for place in (folder, folder / name):
+    for place in (folder / name, folder):
         if (place / CONFIG).is_file() and (place / WEIGHTS).is_file():
             return place
     if not folder.is_dir():
@@ -151,11 +152,11 @@ def _copied(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
 
 def _unexpected(file: SafeTensors, key: str, model: Llama) -> Iterator[str]:
     """What is wrong with a tensor that is no part of the adapter: nothing, where it is the base's own matrix."""
-    modules = plain_modules(model)
     path = key.removeprefix(PREFIX).removesuffix(BASE)
     if not (key.startswith(PREFIX) and key.endswith(BASE)) or path not in ("model.embed_tokens", "lm_head"):
         yield f"unexpected {short(key)} {file.entries[key].shape}"
         return
+    modules = plain_modules(model)
     weight = getattr(modules.get(path), "weight", None)
     if weight is None and path == "lm_head":  # tied
         weight = getattr(modules["model.embed_tokens"], "weight")  # noqa: B009

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from entrenar.adapters.layers import (
     B,
     Settings,
 )
-from entrenar.adapters.patterns import Pattern
+from entrenar.adapters.patterns import Budget, Pattern
 from entrenar.formats import short
 from entrenar.llama import Llama
 from entrenar.nn import Embedding, Linear, Module, RMSNorm
@@ -50,18 +51,20 @@ def walk(module: Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(child, f"{prefix}{name}.")
 
 
-def plan(model: Llama, config: LoraConfig, *, every_pattern: bool = True) -> Plan:
+def plan(model: Llama, config: LoraConfig, *, strict: bool = True) -> Plan:
     """Which modules `config` means.
 
-    every_pattern   refuse a rank_pattern or alpha_pattern that is for none of them
+    strict   refuse a name, a layer or a pattern that is for none of them. (PEFT's files may have some, written for
+             several kinds of models; what their tensors must be is known all the same.)
     Raises ValueError with everything at once that matches nothing, or what cannot be adapted.
     """
     modules = plain_modules(model)
     config = resolved(model, config)
-    ranks = {Pattern(key): value for key, value in config.rank_pattern.items()}
-    alphas = {Pattern(key): value for key, value in config.alpha_pattern.items()}
+    budget = Budget()
+    ranks = {Pattern(key, budget): value for key, value in config.rank_pattern.items()}
+    alphas = {Pattern(key, budget): value for key, value in config.alpha_pattern.items()}
     low_rank, wrong = {}, []
-    choose = _Chooser(config)
+    choose = _Chooser(config, budget)
     for name, module in modules.items():
         if not choose(name):
             continue
@@ -71,10 +74,12 @@ def plan(model: Llama, config: LoraConfig, *, every_pattern: bool = True) -> Pla
         r, alpha = _first(ranks, name, config.r), _first(alphas, name, config.lora_alpha)
         low_rank[name] = Settings(int(r), config.scale(int(r), alpha), config.lora_dropout, config.use_dora)
     whole = [name for name in modules if any(name.endswith(end) for end in config.modules_to_save or ())]
-    wrong += list(_problems(model, config, modules, low_rank, whole))
-    if every_pattern:
+    if strict or not low_rank:
+        wrong += itertools.islice(_unmatched(model, config, modules), 10 * SHOWN)
+    if strict:
         wrong += [f"rank_pattern: {short(p.text)} is for none of them" for p in ranks if not _used(p, low_rank)]
         wrong += [f"alpha_pattern: {short(p.text)} is for none of them" for p in alphas if not _used(p, low_rank)]
+    wrong += _problems(config, modules, low_rank, whole)
     if wrong:
         more = [f"... and {len(wrong) - SHOWN:,} more"] if len(wrong) > SHOWN else []
         raise ValueError("\n  ".join(["LoraConfig does not fit this model:", *wrong[:SHOWN], *more]))
@@ -95,16 +100,16 @@ def resolved(model: Llama, config: LoraConfig) -> LoraConfig:
 class _Chooser:
     """Whether a module is adapted, by its name."""
 
-    def __init__(self, config: LoraConfig) -> None:
-        self.targets, self.excluded = _Names(config.target_modules), _Names(config.exclude_modules)
-        self.whole = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
+    def __init__(self, config: LoraConfig, budget: Budget) -> None:
+        self.targets, self.excluded = _Names(config.target_modules, budget), _Names(config.exclude_modules, budget)
+        self.whole = [f".{name}." for name in config.modules_to_save or ()]
         layers = config.layers_to_transform
         self.layers = layers if isinstance(layers, list) else None if layers is None else [layers]
         words = config.layers_pattern if isinstance(config.layers_pattern, list) else [config.layers_pattern or ""]
         self.numbers = [re.compile(rf"(?:^|.*?\.){word}\.(\d+)\.") for word in words if word] or [FIRST_NUMBER]
 
     def __call__(self, name: str) -> bool:
-        if self.excluded(name) or any(whole.match(name) for whole in self.whole) or not self.targets(name):
+        if self.excluded(name) or any(whole in f".{name}." for whole in self.whole) or not self.targets(name):
             return False
         if not self.layers or self.targets.exactly(name):
             return True
@@ -115,17 +120,22 @@ class _Chooser:
 class _Names:
     """A list of names, each of a whole module name or its end after a dot; or a regular expression for whole names."""
 
-    def __init__(self, names: list[str] | str | None) -> None:
-        self.pattern = Pattern(names) if isinstance(names, str) and names else None
-        self.names = names if isinstance(names, list) else []
+    def __init__(self, names: list[str] | str | None, budget: Budget) -> None:
+        self.pattern = Pattern(names, budget) if isinstance(names, str) and names else None
+        self.names = set(names) if isinstance(names, list) else set()
 
     def __call__(self, name: str) -> bool:
         if self.pattern is not None:
             return self.pattern.fullmatch(name)
-        return self.exactly(name) or any(name.endswith(f".{end}") for end in self.names)
+        return not self.names.isdisjoint(_ends(name))
 
     def exactly(self, name: str) -> bool:
         return name in self.names or self.pattern is not None
+
+
+def _ends(name: str) -> list[str]:
+    """The name, and what follows each of its dots."""
+    return [name, *(name[i + 1 :] for i, c in enumerate(name) if c == ".")]
 
 
 def _first(table: dict[Pattern, Any], name: str, otherwise: Any) -> Any:
@@ -136,24 +146,29 @@ def _used(pattern: Pattern, low_rank: dict[str, Settings]) -> bool:
     return any(pattern.matches_end(name) for name in low_rank)
 
 
-def _problems(model: Llama, config: LoraConfig, modules: dict[str, Module], low_rank: dict[str, Settings],
-              whole: list[str]) -> Iterator[str]:  # fmt: skip
+def _unmatched(model: Llama, config: LoraConfig, modules: dict[str, Module]) -> Iterator[str]:
+    """What of the configuration is for no module at all."""
+    known = {end for name in modules for end in _ends(name)}
     for field in ("target_modules", "exclude_modules"):
         names = getattr(config, field)
         for end in names if isinstance(names, list) else ():
-            if not any(name == end or name.endswith(f".{end}") for name in modules):
+            if end not in known:
                 yield f"{field}: {_unknown(end, model, modules)}"
     for end in config.modules_to_save or ():
         if not any(name.endswith(end) for name in modules):
             yield f"modules_to_save: {_unknown(end, model, modules)}"
-    for name in whole:
-        if not isinstance(modules[name], (Linear, Embedding, RMSNorm)):
-            yield f"modules_to_save: {name} is a {type(modules[name]).__name__}: name the layers inside it"
     layers = config.layers_to_transform
     last = model.config.num_hidden_layers - 1
     for number in layers if isinstance(layers, list) else [] if layers is None else [layers]:
         if number > last:
             yield f"layers_to_transform: {number}: the model has layers 0 to {last}"
+
+
+def _problems(config: LoraConfig, modules: dict[str, Module], low_rank: dict[str, Settings],
+              whole: list[str]) -> Iterator[str]:  # fmt: skip
+    for name in whole:
+        if not isinstance(modules[name], (Linear, Embedding, RMSNorm)):
+            yield f"modules_to_save: {name} is a {type(modules[name]).__name__}: name the layers inside it"
     if not low_rank and not whole:
         yield f"target_modules = {short(config.target_modules)}: nothing is left to adapt"
     elif not low_rank:

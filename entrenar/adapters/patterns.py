@@ -15,8 +15,11 @@ import re
 import warnings
 from collections.abc import Callable
 
+from entrenar.formats import short
+
 LENGTH, DEPTH = 1000, 20  # characters of a pattern; groups inside each other
-STEPS = 20_000  # for one name; what people write for the names of a LLaMA takes some hundreds
+STEPS = 1_000_000  # of all that share a budget; a name of a LLaMA takes some hundreds, or none
+BRANCHING = re.compile(r"[*+?{|(\[]")  # without these there is one way only, and `re` goes it as fast
 
 Places = frozenset[int]
 Node = Callable[["_Run", Places], Places]
@@ -28,35 +31,45 @@ class PatternError(ValueError):
     """A pattern that is none, or none that is understood here; or one that takes too long."""
 
 
+class Budget:
+    """The steps that are left for all patterns that share it."""
+
+    def __init__(self, steps: int = STEPS) -> None:
+        self.left = steps
+
+
 class Pattern:
     """A regular expression. Raises PatternError saying what of it is not understood, and where."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, budget: Budget | None = None) -> None:
+        self.text, self.budget = text, budget or Budget()
         self._node = _Parser(text).whole()
+        self._plain = None if BRANCHING.search(text) else re.compile(text)
 
     def fullmatch(self, name: str) -> bool:
-        """Whether the whole name matches. Raises PatternError where that takes more than STEPS steps."""
-        return self._ends(name, frozenset([0]))
+        """Whether the whole name matches. Raises PatternError where the budget is used up."""
+        return self._ends(name, [0])
 
     def matches_end(self, name: str) -> bool:
         """Whether the whole name matches, or what follows one of its dots. Raises as `fullmatch`."""
-        return self._ends(name, frozenset([0, *(i + 1 for i, c in enumerate(name) if c == ".")]))
+        return self._ends(name, [0, *(i + 1 for i, c in enumerate(name) if c == ".")])
 
-    def _ends(self, name: str, starts: Places) -> bool:
-        return len(name) in self._node(_Run(name, self.text), starts)
+    def _ends(self, name: str, starts: list[int]) -> bool:
+        if self._plain is not None:
+            return any((found := self._plain.match(name, i)) and found.end() == len(name) for i in starts)
+        return len(name) in self._node(_Run(name, self), frozenset(starts))
 
 
 class _Run:
     """One name being matched."""
 
-    def __init__(self, name: str, pattern: str) -> None:
-        self.name, self.pattern, self.steps = name, pattern, 0
+    def __init__(self, name: str, pattern: Pattern) -> None:
+        self.name, self.pattern, self.budget = name, pattern.text, pattern.budget
 
     def count(self, steps: int) -> None:
-        self.steps += steps + 1
-        if self.steps > STEPS:
-            raise PatternError(f"{self.pattern!r} takes too long to match {self.name!r}; write it simpler")
+        self.budget.left -= steps + 1
+        if self.budget.left < 0:
+            raise PatternError(f"{short(self.pattern)} takes too long to match {short(self.name)}; write it simpler")
 
 
 # Nodes
@@ -123,7 +136,7 @@ class _Parser:
             raise PatternError(f"a pattern of {len(text):,} characters; at most {LENGTH:,} are read")
 
     def fail(self, why: str) -> PatternError:
-        return PatternError(f"{self.text!r}: at character {self.at}: {why}")
+        return PatternError(f"{short(self.text)}: at character {self.at}: {why}")
 
     def next(self, word: str) -> bool:
         """Step over `word`, if it is what comes."""

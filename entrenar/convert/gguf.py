@@ -49,6 +49,7 @@ def export_gguf(model: Llama, tokenizer: Tokenizer | None, path: str | Path, *, 
     or too large for the type), FileExistsError unless the file may be replaced, OSError where the disk refuses.
     """
     path = Path(path)
+    model.refuse_adapters("export_gguf")
     if kind not in KINDS:
         raise ConvertError(f"export_gguf: kind = {kind!r}: wanted {', '.join(KINDS)}")
     metadata = model_metadata(model.config, name or path.stem, kind)
@@ -123,8 +124,6 @@ def tokenizer_metadata(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any
 
 def _tensors(model: Llama, dtype: str) -> Iterator[Tensor]:
     """Every tensor of the file; vectors are F32, matrices `dtype`, or F16 where their rows are no whole Q8_0 blocks."""
-    H, KH, _ = model.config.heads
-    heads = {"self_attn.q_proj": H, "self_attn.k_proj": KH}
     if model.config.rope_scaling is not None:
         factors = rope_factors(model.config)
         yield Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
@@ -132,16 +131,25 @@ def _tensors(model: Llama, dtype: str) -> Iterator[Tensor]:
     for key in weights:
         shape = weights.shape(key)
         stem, _, part = key.rpartition(".")  # weight or bias
-        block = stem.removeprefix("model.layers.").split(".", 1)
-        layer = f"blk.{block[0]}." if stem.startswith("model.layers.") else ""
-        stem = block[1] if layer else stem
         kind = "F32" if len(shape) == 1 else "F16" if dtype == "Q8_0" and shape[1] % 32 else dtype
-        values = functools.partial(_turned, weights, key, heads.get(stem))
-        yield Tensor(f"{layer}{NAMES[stem]}.{part}", shape, kind, values)
+        yield Tensor(f"{gguf_name(stem)}.{part}", shape, kind, functools.partial(_values, weights, key, model.config))
 
 
-def _turned(weights: Floats, key: str, heads: int | None) -> np.ndarray:
-    return weights[key] if heads is None else interleave(weights[key], heads)
+def _values(weights: Floats, key: str, config: LlamaConfig) -> np.ndarray:
+    return turned(weights[key], key.rpartition(".")[0], config)
+
+
+def gguf_name(stem: str) -> str:
+    """A module's name in GGUF: "model.layers.3.self_attn.q_proj" -> "blk.3.attn_q"."""
+    block, _, inside = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{block}.{NAMES[inside]}" if stem.startswith("model.layers.") else NAMES[stem]
+
+
+def turned(weight: np.ndarray, stem: str, config: LlamaConfig) -> np.ndarray:
+    """The rows of a query or key projection in llama.cpp's order of pairs, for RoPE; any other weight as it is."""
+    H, KH, _ = config.heads
+    heads = {"q_proj": H, "k_proj": KH}.get(stem.rpartition(".")[2])
+    return weight if heads is None else interleave(weight, heads)
 
 
 def rope_factors(config: LlamaConfig) -> np.ndarray:

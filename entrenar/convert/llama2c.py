@@ -101,6 +101,7 @@ def export_llama2c(model: Llama, path: str | Path, *, version: int = 0, replace:
     Raises ConvertError with everything about the model that run.c cannot compute, FileExistsError unless the file may
     be replaced, OSError where the disk refuses.
     """
+    model.refuse_adapters("export_llama2c")
     config, state = model.config, Floats(model)
     if wrong := list(_cannot(config, version)):
         raise ConvertError("llama2.c cannot run this model: " + "; ".join(wrong))

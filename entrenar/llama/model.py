@@ -221,6 +221,14 @@ class Llama(Module):
             return ops.linear_cross_entropy(rows, self.head_weight, targets, reduction=reduction)
         return self.lm_head.cross_entropy(rows, targets, reduction=reduction)
 
+    def refuse_adapters(self, what: str) -> None:
+        """Raise ValueError where layers have adapters beside them: `what` is for plain models."""
+        if any(name.endswith(".base_layer") for name, _ in self.named_modules()):
+            raise ValueError(
+                f"{what}: this model has adapters beside its layers; save_adapter() writes an adapter, merge_adapter() "
+                "a plain model, and remove_adapter() leaves the base"
+            )
+
     def _rope(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows start..end of the tables, which grow on demand up to the model's context."""
         limit, have = self.config.max_position_embeddings, len(self.rope[0])

@@ -292,6 +292,7 @@ def write_model(folder: Path, model: Llama, *, dtype: str = "float32", max_shard
         raise ValueError(f"save_pretrained: dtype = {dtype!r}: wanted one of {', '.join(STORED)}")
     if max_shard_size < 1:
         raise ValueError(f"save_pretrained: max_shard_size = {max_shard_size}: wanted at least 1 byte")
+    model.refuse_adapters("save_pretrained")
     config = model.config.to_dict(dtype=dtype) | quantization_of(model, dtype)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
     write_json(folder / CONFIG, config)

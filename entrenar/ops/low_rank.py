@@ -113,7 +113,8 @@ class LoraEmbedding(Op):
 
     def forward(self, ids, w, A, B, *, scale):
         h = A[:, ids.reshape(-1)].T  # (N, r)
-        y = (kernels.unpack_rows(w, ids) if isinstance(w, Packed) else w[ids]).reshape(-1, w.shape[1])
+        y = kernels.unpack_rows(ids, w) if isinstance(w, Packed) else w[ids]
+        y = y.reshape(-1, w.shape[1]).astype(A.dtype, copy=False)
         kernels.matmul_add(y, h, (B * scale).T)
         self.save(ids, h if self.needs[3] else None, B, A.shape[1], scale)
         return y.reshape(*ids.shape, w.shape[1])
@@ -206,7 +207,7 @@ def row_squares(w: np.ndarray | Packed, axis: int = 1) -> np.ndarray:
     step = max(1, BLOCK // max(1, I))
     for at in range(0, O, step):
         part = slice(at, min(at + step, O))
-        block = kernels.unpack_rows(w, np.arange(part.start, part.stop)) if isinstance(w, Packed) else w[part]
+        block = kernels.unpack_rows(np.arange(part.start, part.stop), w) if isinstance(w, Packed) else w[part]
         squares = np.square(block, dtype=np.float64).sum(axis=axis)
         if axis == 1:
             total[part] = squares
