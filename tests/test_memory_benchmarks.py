@@ -59,6 +59,12 @@ def test_bytes_of_nf4_are_those_of_a_quantized_matrix(rows, columns):
     assert nf4_bytes(rows, columns) == quantize(w, "nf4").nbytes
 
 
+def test_a_step_of_qlora_on_7b_stays_below_6_gb_by_arithmetic():
+    peaks = [sum(command.by_arithmetic(case).values()) for case in command.LARGE]
+    assert peaks[0] < peaks[1] < 6e9
+    assert sum(command.by_arithmetic(command.TOO_LARGE[0]).values()) > 16 * 6_738_415_616  # full fine-tuning
+
+
 def test_a_case_that_cannot_be_is_refused():
     for wrong in ({"model": "2b"}, {"method": "dora"}, {"r": 0}):
         with pytest.raises(ValueError, match="wanted a model of 124m, 1.1b, 7b"):

@@ -161,7 +161,7 @@ def rows(bench: Bench) -> Iterator[Row]:
     writing = [Layer(O, I, 1) for O, I in SHAPES]  # noqa: E741
     measured = raced(bench, writing, (NF4, BFLOAT16, PEER, PEER_INFERENCE), seconds=0.1)
     what = "NF4 linear, 1 row from memory"
-    yield summary(bench, f"{what}: speed over bitsandbytes", measured, PEER, Target(">=", 20.0))
+    yield summary(bench, f"{what}: speed over bitsandbytes in float32", measured, PEER, Target(">=", 20.0))
     yield summary(bench, f"{what}: speed over our bfloat16", measured, BFLOAT16, Target(">", 1.0))
     name = f"{what}: speed over bitsandbytes' kernel for inference, which computes in bfloat16"
     yield summary(bench, name, measured, PEER_INFERENCE)
