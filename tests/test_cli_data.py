@@ -9,6 +9,7 @@ import pytest
 
 from entrenar.cli import data as verb
 from entrenar.cli import main
+from entrenar.cli import tokens as shown_tokens
 from entrenar.data import IGNORE, Batches, evaluation_windows, prepare
 from entrenar.training import progress
 from entrenar.training.config import read_config
@@ -57,7 +58,7 @@ def test_the_batches_shown_are_those_a_run_takes(capsys, text):
         assert data.place(start) in heading and "24 trained, 1 ignored" in heading
         assert len(row) == 25 and [bool(re.fullmatch(r"\[.*\]", cell)) for cell in row] == [True] + [False] * 24
         decoded = data.tokenizer.decode(tokens).replace("\x1b", "\ufffd")
-        assert plain(row[:-1]).replace(verb.PENDING, "").strip("\ufffd") == decoded.strip("\ufffd")
+        assert plain(row[:-1]).replace(shown_tokens.PENDING, "").strip("\ufffd") == decoded.strip("\ufffd")
     assert headings[-1].startswith("# 5 windows: 120 of 125 tokens trained, ")
 
 
@@ -92,7 +93,7 @@ def test_words_that_could_be_mistaken_are_escaped(capsys, text):
 def test_a_character_over_several_tokens_stands_at_its_last(capsys, text):
     _, rows = shown(capsys, text, "-n", "9", **{"data.tokenizer": "bytes", "training.context": 60})
     whole = "|".join("|".join(row) for row in rows)
-    assert f"{verb.PENDING}|ï" in whole and f"{verb.PENDING}|{verb.PENDING}|日" in whole
+    assert f"{shown_tokens.PENDING}|ï" in whole and f"{shown_tokens.PENDING}|{shown_tokens.PENDING}|日" in whole
 
 
 def test_on_a_terminal_the_borders_and_the_ignored_are_seen_by_colour(text, monkeypatch):
@@ -102,7 +103,7 @@ def test_on_a_terminal_the_borders_and_the_ignored_are_seen_by_colour(text, monk
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(stream, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdout", stream)
-    writer = verb._Coloured()
+    writer = shown_tokens._Coloured()
     writer.heading("window [bold]1")
     writer.tokens(["ign", "a", "", "b\n", "\x1b["], np.array([False, True, True, True, True]))
     text = stream.getvalue()
@@ -123,7 +124,7 @@ def test_on_a_terminal_the_borders_and_the_ignored_are_seen_by_colour(text, monk
         (["show", "--data.source", "/nowhere/at/all"], "does not exist"),
         (["show", "--training.context", "1"], "--training.context 1"),
         (["prepare", "--data.cache", "off"], "nothing would be kept"),
-        ([], "required: {show,prepare}"),
+        ([], "required: {show,prepare,chat}"),
         (["shov"], "did you mean show?"),
     ],
 )

@@ -39,7 +39,7 @@ NEVER = {("data", "llama"), ("data", "adapters")}  # tokens do not know who read
 
 ENGINE = {"_kernels", "kernels", "tensor", "random", "state", "files", "ops", "gradcheck", "nn", "optim", "llama"}
 # slow to import: at the point of use only
-LATE = {"tokenizers", "rich", "PIL", "ml_dtypes", "backports", "pyarrow", "shtab", "compression"}
+LATE = {"tokenizers", "jinja2", "rich", "PIL", "ml_dtypes", "backports", "pyarrow", "shtab", "compression"}
 ELSEWHERE = {"numpy", *LATE}  # what a file may import that is neither Python's nor ours
 
 

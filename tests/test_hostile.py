@@ -13,7 +13,7 @@ import pytest
 from hostile import planted, runner
 
 MODULES = ("safetensors", "pretrained", "quantized", "adapter", "tokenfile", "prepared", "config", "tokenizer", "gguf",
-           "llama2c", "checkpoint")  # fmt: skip
+           "llama2c", "checkpoint", "chat")  # fmt: skip
 EVERYDAY = 2  # cases of each family
 FAMILIES = [(m, family) for m in MODULES for family in importlib.import_module(f"hostile.{m}").FAMILIES]
 

@@ -1,4 +1,5 @@
-"""`entrenar data`: the text a run trains on. `show` prints it token by token, `prepare` makes it ready and says so.
+"""`entrenar data`: what a run trains on. `show` prints it token by token, `prepare` makes it ready and says so; `chat`
+prints the examples of fine-tuning data (data_chat.py).
 
 What is shown is what the run takes: the same batches, in the same order, from the same seed. A token is trained when
 the model predicts it and the loss counts it; ignored when it is only read - the first of a window, and of a held-out
@@ -12,20 +13,22 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from entrenar.cli import data_chat
 from entrenar.cli.configuration import Override, add_config
 from entrenar.cli.parser import CommandLineError
 from entrenar.cli.terminal import colours, facts, visible
+from entrenar.cli.tokens import Writer, counts, spelled, writer
 from entrenar.training.progress import Bars, Progress
 
 if TYPE_CHECKING:
-    from entrenar.data import Prepared, Tokenizer
+    from entrenar.data import Prepared
     from entrenar.training.config import Config
 
 NAME = "data"
@@ -33,6 +36,7 @@ HELP = "show what will be trained, token by token; or prepare it and no more"
 EXAMPLE = """
 entrenar data show --data.source notes/ -n 4
 entrenar data show --config my.toml --batch 10
+entrenar data chat chats.jsonl --tokenizer model/
 entrenar data prepare --data.source corpus.jsonl.gz --data.vocab_size 8192
 """
 SHOW = "print the batches that a run takes, token by token"
@@ -48,14 +52,11 @@ PREPARE_EXAMPLE = """example:
   entrenar data prepare --data.source corpus.jsonl.gz --data.vocab_size 8192
 
 A preparation that was stopped goes on where it was when it is started again."""
-PENDING = "\N{MIDDLE DOT}"  # a token that ends inside a character
-SHADES = ("black on bright_cyan", "black on cyan")
-DIM = ("bright_black", "bright_black italic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "entrenar data {show,prepare} [OPTIONS] [--section.key VALUE ...]"
-    verbs = parser.add_subparsers(dest="what", metavar="{show,prepare}", required=True)
+    parser.usage = "entrenar data {show,prepare,chat} [OPTIONS] [--section.key VALUE ...]"
+    verbs = parser.add_subparsers(dest="what", metavar="{show,prepare,chat}", required=True)
     show = _verb(verbs, "show", SHOW, SHOW_EXAMPLE, "[--batch N] [-n COUNT] [--held-out]")
     show.add_argument("--batch", metavar="N", type=int, default=1, help="begin with the N-th batch (default 1)")
     show.add_argument("-n", metavar="COUNT", type=int, dest="count", help="so many windows (default: one batch)")
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--skip-bad", dest="data.skip_bad", action=Override, nargs=0, default=argparse.SUPPRESS,
                          help="leave out files and rows that cannot be read")  # fmt: skip
         add_config(one)
+    data_chat.add_arguments(verbs)
 
 
 def _verb(verbs: Any, name: str, words: str, epilog: str, options: str) -> argparse.ArgumentParser:
@@ -73,6 +75,8 @@ def _verb(verbs: Any, name: str, words: str, epilog: str, options: str) -> argpa
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.what == "chat":
+        return data_chat.show(args)
     from entrenar.training.config import read_config
 
     config = read_config(args.config, args.overrides)
@@ -100,8 +104,7 @@ def show(args: argparse.Namespace, config: Config) -> int:
         progress.close()
         rows = held_out_rows(data, config, args.batch) if args.held_out else training_rows(data, config, args.batch)
         chosen = itertools.islice(rows, args.count or config.training.batch_size)
-        writer = _Coloured() if colours() else _Plain()
-        _print_rows(chosen, data, writer)
+        _print_rows(chosen, data, writer())
     return 0
 
 
@@ -155,77 +158,18 @@ def _row(x: np.ndarray, y: np.ndarray, batch: int, place: str) -> Row:
     return Row(tokens, trained, batch, place)
 
 
-def _print_rows(rows: Iterable[Row], data: Prepared, writer: _Writer) -> None:
+def _print_rows(rows: Iterable[Row], data: Prepared, out: Writer) -> None:
     lengths = data.tokenizer.byte_lengths()
     count = trained = size = tokens = 0
     for row in rows:
         count += 1
         trained, tokens = trained + int(row.trained.sum()), tokens + len(row.tokens)
         size += int(lengths[row.tokens].sum())
-        writer.heading(f"window {count}, batch {row.batch}: {visible(row.place)}: {_counts(row.trained)}")
-        writer.tokens(spelled(row.tokens, data.tokenizer), row.trained)
+        out.heading(f"window {count}, batch {row.batch}: {visible(row.place)}: {counts(row.trained)}")
+        out.tokens(spelled(row.tokens, data.tokenizer), row.trained)
     windows = "1 window" if count == 1 else f"{count:,} windows"
-    writer.heading(f"{windows}: {trained:,} of {tokens:,} tokens trained, {size / tokens:.2f} bytes per token; "
+    out.heading(f"{windows}: {trained:,} of {tokens:,} tokens trained, {size / tokens:.2f} bytes per token; "
                    f"vocabulary {data.tokenizer.vocab_size:,} ({data.tokenizer.kind})")  # fmt: skip
-
-
-def _counts(trained: np.ndarray) -> str:
-    return f"{int(trained.sum()):,} trained, {int((~trained).sum()):,} ignored"
-
-
-def spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """The text of each token, as it stands in the middle of a text; "" where it ends inside a character."""
-    decoder = tokenizer.decoder(after=[tokenizer.end_id])
-    texts = [decoder.push(int(token)) for token in tokens]
-    texts[-1] += decoder.end()
-    return texts
-
-
-class _Writer(Protocol):
-    def heading(self, text: str) -> None: ...
-    def tokens(self, texts: Sequence[str], trained: np.ndarray) -> None: ...
-
-
-class _Plain:
-    """`# heading`, then a line of tokens separated by |, ignored ones in [brackets]."""
-
-    ESCAPES = str.maketrans({"\\": "\\\\", "|": "\\|", "[": "\\[", "]": "\\]", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
-
-    def heading(self, text: str) -> None:
-        print(f"# {text}")
-
-    def tokens(self, texts: Sequence[str], trained: np.ndarray) -> None:
-        print("|".join(self._one(text) if counts else f"[{self._one(text)}]"
-                       for text, counts in zip(texts, trained, strict=True)))  # fmt: skip
-
-    def _one(self, text: str) -> str:
-        return visible(text.translate(self.ESCAPES)) or PENDING
-
-
-class _Coloured:
-    """Trained tokens on a ground of two shades in turns, so that their borders show; ignored ones dim."""
-
-    ESCAPES = str.maketrans({"\n": "\u21b5\n", "\r": "\u240d", "\t": "\u2192   "})  # arrows, and CR in small letters
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(highlight=False)
-
-    def heading(self, text: str) -> None:
-        self.console.print(text, style="bold", markup=False)
-
-    def tokens(self, texts: Sequence[str], trained: np.ndarray) -> None:
-        from rich.text import Text
-
-        shown = Text()
-        for number, (text, counts) in enumerate(zip(texts, trained, strict=True)):
-            style = (SHADES if counts else DIM)[number % 2]
-            # the ground ends with the letters: a line break in it would colour the rest of the line
-            for i, part in enumerate((text.translate(self.ESCAPES) or PENDING).split("\n")):
-                shown.append("\n" * (i > 0)).append(visible(part), style)
-        self.console.print(shown, soft_wrap=True)
-        self.console.print()
 
 
 # --- prepare ---------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ HELP = "say what runs here, how fast, and what is wrong with it"
 EXAMPLE = """
 entrenar doctor
 """
-NEEDED: tuple[str, ...] = ("tokenizers", "ml_dtypes", "rich", "PIL", "shtab")
+NEEDED: tuple[str, ...] = ("tokenizers", "jinja2", "ml_dtypes", "rich", "PIL", "shtab")
 NEEDED += () if sys.version_info >= (3, 14) else ("backports.zstd",)
 EXTRAS = {"parquet": "pyarrow"}  # extra of the package -> what it brings
 ROOM = 1 << 30  # bytes of disk and of memory below which even the default run is tight

@@ -42,7 +42,18 @@ def place(file: SourceFile, number: int) -> str:
     return f"{file} {'row' if file.kind == 'parquet' else 'line'} {number:,}"
 
 
-def _jsonl_rows(file: SourceFile, at: int, number: int, moved: Moved) -> Iterator[Row | Unusable]:
+class Line(NamedTuple):
+    """A line of an unpacked file: its bytes, its number from 1 on, where it begins and where the next one does."""
+
+    raw: bytes
+    number: int
+    start: int
+    after: int
+
+
+def lines(file: SourceFile, at: int = 0, number: int = 0,
+          moved: Moved = lambda read: None) -> Iterator[Line | Unusable]:  # fmt: skip
+    """The lines after line `number`, which ends at `at`; blank ones left out. Raises Unusable for a damaged file."""
     with opened(file, at) as stream:
         told = at
         while True:
@@ -61,11 +72,16 @@ def _jsonl_rows(file: SourceFile, at: int, number: int, moved: Moved) -> Iterato
                     f" line {number:,}",
                     f"has {size:,} bytes, the longest row may have {LONGEST_ROW:,}; give it a text file of its own",
                 )
-            elif not line.isspace():
-                yield _jsonl_row(file, line.removeprefix(BOM) if start == 0 else line, number, start, at)
+            elif (raw := line.removeprefix(BOM) if start == 0 else line) and not raw.isspace():
+                yield Line(raw, number, start, at)
             if at - told >= streams.BLOCK:
                 told = at
                 moved(on_disk(stream))
+
+
+def _jsonl_rows(file: SourceFile, at: int, number: int, moved: Moved) -> Iterator[Row | Unusable]:
+    for line in lines(file, at, number, moved):
+        yield line if isinstance(line, Unusable) else _jsonl_row(file, *line)
 
 
 def _to_line_end(stream: IO[bytes], line: bytes) -> int:

@@ -18,7 +18,8 @@ Bytes and byte-level BPE without a normalizer lose nothing: decode(encode(text))
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from entrenar.data.tokenizer_files import ENDS, FILE, GENERATION, SETTINGS, Comp
 from entrenar.data.tokenizer_protocol import (
     PIECE,
     Decoder,
+    Spans,
     Tokenizer,
     TokenizerError,
     encode_documents,
@@ -59,6 +61,10 @@ class ByteTokenizer:
 
     kind, vocab_size, end_id, type = "bytes", 257, 256, np.dtype(np.uint16)
     begin_id: int | None = 256
+    special: Mapping[str, int] = {END: 256}
+
+    def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
+        self.files = dict(files or {})
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids (n,) of one text, or of any bytes; no end token is added."""
@@ -68,6 +74,25 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str], *, continued: Sequence[bool] | None = None) -> list[np.ndarray]:
         """Token ids (n,) of each text."""
         return [self.encode(text) for text in texts]
+
+    def encode_special(self, texts: Sequence[str]) -> list[Spans]:
+        """Each text as a chat template writes one: what spells the end token is that token."""
+        return [self._with_ends(text) for text in texts]
+
+    def _with_ends(self, text: str) -> Spans:
+        """A byte's span is that of its character."""
+        ids, spans, at = [np.zeros(0, self.type)], [np.zeros((0, 2), np.int64)], 0
+        for part in re.split(f"({re.escape(END)})", text):
+            if part == END:
+                ids.append(np.array([self.end_id], self.type))
+                spans.append(np.array([[at, at + len(END)]]))
+            else:
+                ids.append(raw := self.encode(part))
+                # all but the bytes 10xxxxxx begin a character
+                character = at + np.cumsum((raw & 0xC0) != 0x80) - 1
+                spans.append(np.stack([character, character + 1], axis=1))
+            at += len(part)
+        return Spans(np.concatenate(ids), np.concatenate(spans))
 
     def cut(self, text: str, at: int) -> int | None:
         """Anywhere."""
@@ -89,14 +114,14 @@ class ByteTokenizer:
         return np.array([1] * 256 + [0])
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json: a BPE without merges."""
+        """Write tokenizer.json (a BPE without merges), tokenizer_config.json, and what came with this tokenizer."""
         from tokenizers import AddedToken, Tokenizer, models
 
         vocab = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
         inner = _byte_level(Tokenizer(models.BPE(vocab=vocab, merges=[])), words=False)
         inner.add_special_tokens([AddedToken(END, special=True)])
-        write_file(Path(folder, FILE), inner.to_str())
-        write_file(Path(folder, SETTINGS), as_json(_OWN_SETTINGS))
+        for name, raw in ({FILE: inner.to_str().encode(), SETTINGS: as_json(_OWN_SETTINGS)} | self.files).items():
+            write_file(Path(folder, name), raw)
 
 
 class BPETokenizer(SubwordTokenizer):
@@ -194,7 +219,7 @@ def _from_json(file: Path, beside: Companions) -> Tokenizer:
     except BaseException as error:
         raise refusal(error, f"tokenizer: {file} is no {FILE} of the tokenizers library") from None
     if _is_bytes(inner, made["model"]):
-        return ByteTokenizer()
+        return ByteTokenizer(beside.kept)
     end, begin = _found(file, inner, beside)
     return SubwordTokenizer(inner, end_id=end, begin_id=begin, unknown=_unknown(made["model"]),
                             files=beside.kept | {FILE: raw})  # fmt: skip

@@ -12,6 +12,7 @@ An id counts where it is a special token of this tokenizer: a config.json may be
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>")
 BEGINS = ("<s>", "<|begin_of_text|>")
 KEPT = (SETTINGS, "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
         "vocab.json", "merges.txt")  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # a folder: NAME.jinja
+MOST_TEMPLATES = 64
 LIMIT = 40 * 1000**2  # bytes of one file
 
 
@@ -45,7 +48,7 @@ class Companions:
     @staticmethod
     def beside(folder: Path) -> Companions:
         """Raises FormatError for JSON that is none, OSError where a file cannot be read."""
-        kept = {name: raw for name in KEPT if (raw := _read(folder / name)) is not None}
+        kept = {name: raw for name in (*KEPT, *_templates(folder)) if (raw := _read(folder / name)) is not None}
         parsed = {}
         for name in Companions.READ:
             raw = kept.get(name) if name in kept else _read(folder / name)
@@ -95,6 +98,14 @@ class Companions:
 
 def as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _templates(folder: Path) -> list[str]:
+    """Names of the chat templates in the folder for them."""
+    found = sorted(path.name for path in itertools.islice((folder / TEMPLATES).glob("*.jinja"), MOST_TEMPLATES + 1))
+    if len(found) > MOST_TEMPLATES:
+        raise FormatError(f"{folder / TEMPLATES}: has more than {MOST_TEMPLATES} chat templates")
+    return [f"{TEMPLATES}/{name}" for name in found]
 
 
 def _read(path: Path) -> bytes | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -23,6 +23,13 @@ def refusal(error: BaseException, what: str) -> BaseException:
     return error
 
 
+class Spans(NamedTuple):
+    """Tokens of a text and where they stand in it: ids (n,), and of each the characters start .. end, spans (n, 2)."""
+
+    ids: np.ndarray
+    spans: np.ndarray
+
+
 class Decoder(Protocol):
     """Tokens in, text out, as soon as it is certain."""
 
@@ -37,6 +44,8 @@ class Tokenizer(Protocol):
     vocab_size   every id is below it
     end_id       the token that ends a document
     begin_id     the token a text begins with, None where it begins with none
+    special      the special tokens, which `encode_special` finds in a text, by how they are spelled
+    files        what lay beside the tokenizer, by name: settings, chat templates (data/chat); `save` writes it too
 
     cut(text, at) is a place, at <= place < len(text), where a text may be cut: the tokens of both parts, joined, are
     those of the whole, if encode_batch is told that the second one is `continued`. It stays one when more text
@@ -48,8 +57,13 @@ class Tokenizer(Protocol):
     end_id: int
     begin_id: int | None
 
+    @property
+    def special(self) -> Mapping[str, int]: ...
+    @property
+    def files(self) -> dict[str, bytes]: ...
     def encode(self, text: str | bytes) -> np.ndarray: ...
     def encode_batch(self, texts: Sequence[str], *, continued: Sequence[bool] | None = None) -> list[np.ndarray]: ...
+    def encode_special(self, texts: Sequence[str]) -> list[Spans]: ...
     def cut(self, text: str, at: int) -> int | None: ...
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray: ...
     def decode(self, ids: Iterable[int]) -> str: ...

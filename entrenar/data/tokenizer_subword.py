@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from entrenar.data.tokenizer_cuts import cut_rule, steps, without_prefix
 from entrenar.data.tokenizer_files import BEGINS, ENDS, FILE, GENERATION, SETTINGS, Companions, as_json
 from entrenar.data.tokenizer_protocol import (
     Decoder,
+    Spans,
     TokenizerError,
     encode_documents,
     from_utf8,
@@ -82,6 +83,20 @@ class SubwordTokenizer:
                     made[i] = self._text_only(ids, texts[i], on)
         return [ids for ids in made if ids is not None]
 
+    def encode_special(self, texts: Sequence[str]) -> list[Spans]:
+        """Each text as a chat template writes one: what spells a special token is that token. On all cores."""
+        for text in texts:
+            utf8(text)
+        try:
+            encoded = self._with_special.encode_batch(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            raise refusal(error, "tokenizer: cannot encode this text") from None
+        return [Spans(np.array(one.ids, self.type), np.array(one.offsets, np.int64).reshape(-1, 2)) for one in encoded]
+
+    @functools.cached_property
+    def special(self) -> Mapping[str, int]:
+        return {text: i for i in sorted(self._special) if (text := self.inner.id_to_token(i))}
+
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """Token ids (n,) of all documents, an end token after each; on all cores."""
         return encode_documents(self, documents)
@@ -129,6 +144,17 @@ class SubwordTokenizer:
     @functools.cached_property
     def _without_prefix(self) -> tokenizers.Tokenizer:
         return without_prefix(self.inner)
+
+    @functools.cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, in whose texts special tokens are special tokens."""
+        from tokenizers import AddedToken
+
+        other = type(self.inner).from_str(self.inner.to_str())
+        other.encode_special_tokens = False
+        # as transformers does with those that only the files beside it name
+        other.add_special_tokens([AddedToken(text, normalized=False) for text in self.special])
+        return other
 
     def _ids(self, inner: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
         try:
