@@ -47,7 +47,7 @@ def test_qlora_steps_have_the_losses_of_peft_on_bitsandbytes(tmp_path, peer):
     assert finetune.AGREE[peer](ours, theirs)
 
 
-@pytest.mark.parametrize("peer", [decode.PEER_FLOAT32, decode.PEER_BFLOAT16])
+@pytest.mark.parametrize("peer", [decode.PEER_FLOAT32, decode.PEER_BFLOAT16, decode.PEER_PORTABLE])
 def test_decoding_has_the_logits_of_transformers_on_bitsandbytes(tmp_path, peer):
     paths = folders(tmp_path, as_float32=False)
     ours, theirs = (decode.CONTENDERS[name](model="tiny", tokens=1, **paths) for name in (decode.NF4, peer))

@@ -109,8 +109,11 @@ def trainable(llama: Any) -> Any:
 # -- in the peers' processes
 
 
-def torch_model(base: str, compute: str, others: str) -> Any:
-    """transformers' model of the folder: layers in 4 bits compute as `compute`, the others are and compute `others`."""
+def torch_model(base: str, compute: str, others: str, *, portable: bool = False) -> Any:
+    """transformers' model of the folder: layers in 4 bits compute as `compute`, the others are and compute `others`.
+
+    portable   without the kernel that bitsandbytes has for processors with AVX-512 and bfloat16
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -118,6 +121,7 @@ def torch_model(base: str, compute: str, others: str) -> Any:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = module.weight.quant_state.dtype = getattr(torch, compute)
+            module.support_avx512bf16_for_cpu &= not portable
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(getattr(torch, others))
