@@ -15,6 +15,7 @@ from entrenar.training.checkpoint import (
     CheckpointError,
     clean,
     load_checkpoint,
+    model_files,
     newest,
     save_checkpoint,
     save_step,
@@ -33,21 +34,25 @@ SHAPE = LlamaConfig(
 
 
 @pytest.fixture
-def parts():
+def model():
     random.seed(3)
-    model = Llama(SHAPE)
+    return Llama(SHAPE)
+
+
+@pytest.fixture
+def parts(model):
     optimizer = optim.AdamW(model.named_parameters())
     for p in model.parameters():
         p.grad = np.ones_like(p.data)
     optimizer.step()
-    return {"model": model, "tokenizer": ByteTokenizer(), "optimizer": optimizer, "state": {"step": 1}}
+    return {"write": model_files(model, ByteTokenizer()), "optimizer": optimizer, "state": {"step": 1}}
 
 
-def test_what_is_saved_is_loaded(parts, tmp_path):
+def test_what_is_saved_is_loaded(model, parts, tmp_path):
     save_checkpoint(tmp_path / "c", **parts)
     loaded = load_checkpoint(tmp_path / "c")
     assert loaded.config == SHAPE and loaded.state["step"] == 1 and loaded.tokenizer.kind == "bytes"
-    for name, array in parts["model"].state_dict().items():
+    for name, array in model.state_dict().items():
         np.testing.assert_array_equal(loaded.model().state_dict()[name], array)
     other = optim.AdamW(loaded.model().named_parameters())
     other.load_state_dict(loaded.optimizer)

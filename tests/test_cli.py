@@ -16,7 +16,7 @@ from entrenar import cli
 from entrenar.cli import completion, main
 from entrenar.cli.configuration import take_overrides
 from entrenar.cli.parser import CommandLineError, Parser, leaves, nearest, verb_parser
-from entrenar.training.config import options
+from entrenar.training.config import Config, FineTuning, options
 
 
 def errors(capsys, *words):
@@ -55,7 +55,8 @@ def test_help_names_every_verb_in_order_and_the_exit_codes(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert re.findall(r"^  (\w+) {2,}\w", text, re.M) == [
-        "train", "resume", "plan", "generate", "eval", "data", "inspect", "export", "doctor", "completion",
+        "train", "finetune", "resume", "plan", "generate", "chat", "eval", "data", "inspect", "merge", "quantize",
+        "export", "doctor", "completion",
     ]  # fmt: skip
     for code in ("0", "1", "2", "130", "143", "141"):
         assert re.search(rf"\b{code}\b", text)
@@ -101,7 +102,7 @@ def test_help_of_a_verb_can_be_asked_for_in_two_ways(capsys):
 def test_help_options_lists_every_option_of_the_configuration(capsys):
     assert main(["train", "--help-options"]) == 0
     text = capsys.readouterr().out
-    assert all(f"--{option.full_name} " in text for option in options())
+    assert all(f"--{option.full_name} " in text for option in options(Config))
 
 
 def test_no_words_at_all_are_answered_with_the_help_and_exit_code_2(capsys):
@@ -162,6 +163,10 @@ def test_the_documentation_shows_the_help_as_it_is_and_has_every_verb():
         (["plan", "a.toml", "--config", "b.toml"], "one configuration is wanted"),
         (["completion", "bsh"], "bsh: wanted one of bash, zsh, fish; did you mean bash?"),
         (["inspect", "nowhere"], "nowhere: there is no such file or folder"),
+        (["chta", "model"], "chta: no such command; did you mean chat?"),
+        (["chat"], "required: MODEL"),
+        (["merge", "a", "b"], "required: --out"),
+        (["merge", "nowhere", "--out", "m"], "nowhere: does not exist"),
     ],
 )
 def test_words_that_cannot_be_read_are_answered_in_one_line(capsys, tmp_path, monkeypatch, words, message):
@@ -410,6 +415,12 @@ def complete(scripts, folder, *words):
         (["resume", "--data"], []),
         (["inspect", "no"], ["notes"]),
         (["generate", "notes", "--temp"], ["--temperature"]),
+        (["generate", "notes", "--min"], ["--min-p"]),
+        (["chat", "notes", "--storage", "nf"], ["nf4"]),
+        (["chat", "no"], ["notes"]),
+        (["merge", "notes", "--da"], ["--data"]),
+        (["quantize", "notes", "--to", "b"], ["bfloat16"]),
+        (["export", "notes", "--to", "gguf-"], ["gguf-lora"]),
         (["data", "sh"], ["show"]),
         (["data", "show", "--data.sou"], ["--data.source"]),
         (["completion", ""], ["bash", "zsh", "fish"]),
@@ -425,7 +436,7 @@ def test_bash_completes_verbs_options_choices_and_files(scripts, tmp_path, words
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_every_shells_script_knows_every_verb_and_option(scripts, shell):
     text = scripts[shell]
-    for name in (*cli.VERBS, *(option.full_name for option in options())):
+    for name in (*cli.VERBS, *(option.full_name for kind in (Config, FineTuning) for option in options(kind))):
         assert name in text, name
 
 
@@ -433,4 +444,4 @@ def test_every_option_a_verb_takes_is_known_to_the_whole_parser():
     verbs = next(a for a in completion.whole_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     assert list(verbs) == list(cli.VERBS)
     known = {name for leaf in leaves(verbs["train"]) for action in leaf._actions for name in action.option_strings}
-    assert {f"--{option.full_name}" for option in options()} | {"--out", "--budget", "--plan"} <= known
+    assert {f"--{option.full_name}" for option in options(Config)} | {"--out", "--budget", "--plan"} <= known

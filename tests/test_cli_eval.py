@@ -19,7 +19,7 @@ from entrenar.cli.models import Opened
 from entrenar.cli.parser import verb_parser
 from entrenar.data import IGNORE, ByteTokenizer
 from entrenar.llama import Llama, LlamaConfig
-from entrenar.training.checkpoint import save_step
+from entrenar.training.checkpoint import model_files, save_step
 from entrenar.training.evaluate import Evaluation, evaluate, perplexity, stride_of
 
 SMALL = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
@@ -212,7 +212,7 @@ def test_any_source_is_read_whole_with_an_end_token_after_each_document(run, tmp
 def test_a_checkpoint_is_evaluated_as_it_was_trained_unless_told_otherwise(run, tmp_path, model, text):
     trained = tmp_path / "run"
     trained.mkdir()
-    save_step(trained, 3, model=model, tokenizer=ByteTokenizer(), state={"config": {"training": {"context": 16}}})
+    save_step(trained, 3, write=model_files(model, ByteTokenizer()), state={"config": {"training": {"context": 16}}})
     n = json.loads(run(text, "--json", where=trained)[1])
     assert n["context"] == 16 and n["model"] == str(trained / "step-000003")
     assert n["loss"] == json.loads(run(text, "--json", "--context", 16)[1])["loss"]
@@ -279,7 +279,7 @@ def test_weights_that_are_no_numbers_end_with_2(run, text, monkeypatch):
     broken = Llama(SMALL)
     broken.model.norm.weight.data[:] = np.nan
     opened = Opened(broken, ByteTokenizer(), "there", frozenset({256}), 64)
-    monkeypatch.setattr("entrenar.cli.models.open_model", lambda path, warn: opened)
+    monkeypatch.setattr("entrenar.cli.models.open_model", lambda path, **settings: opened)
     code, out, err = run(text)
     assert (code, out) == (2, "") and "there: the loss is nan: the model's weights hold NaN or infinity" in err
 
@@ -313,3 +313,53 @@ def test_windows_count_no_token_twice():
 
     counted = [y[y != IGNORE] for _, y in evaluation_windows(np.arange(50), first=99, context=16, stride=5)]
     assert np.concatenate(counted).tolist() == list(range(50))
+
+
+# -- conversations
+
+
+def test_the_answers_of_conversations_are_what_counts_each_once(tmp_path, model, folder, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]},
+        {"messages": [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "blue"}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["eval", str(folder), str(tmp_path / "a.jsonl"), "--chat", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    nats = count = 0
+    for row in rows:
+        question, answer = (message["content"] for message in row["messages"])
+        before, after = f"User: {question}\nAssistant:".encode(), f" {answer}".encode()
+        ids = [256, *before, *after, 256]
+        z = model(np.array([ids])).data[0].astype(np.float64)
+        p = z - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)) - z.max(1, keepdims=True)
+        for at in range(1 + len(before), len(ids)):
+            nats, count = nats - p[at - 1, ids[at]], count + 1
+    assert (told["tokens"], told["rows"]) == (count, 2) and told["loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert told["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4) and "bits_per_byte" not in told
+    assert cli.main(["eval", str(folder), str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl"), "--chat"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[2].startswith("source=together ") and f"rows={4}" in lines[2]
+
+
+def test_rows_that_are_too_long_are_cut_and_rows_without_answers_are_refused(tmp_path, folder, capsys):
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 300}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert cli.main(["eval", str(folder), str(tmp_path / "a.jsonl"), "--chat"]) == 0
+    said = capsys.readouterr()
+    assert "rows longer than the context of 64 tokens are cut there: 1" in said.err and "tokens=46" in said.out
+    row["messages"].pop()
+    (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n")
+    assert cli.main(["eval", str(folder), str(tmp_path / "b.jsonl"), "--chat"]) == 2
+    assert "has nothing to train on" in capsys.readouterr().err
+
+
+def test_a_folder_is_evaluated_on_what_it_holds_out(tmp_path, folder, capsys):
+    def row(answer):
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+        return json.dumps({"messages": messages}) + "\n"
+
+    (tmp_path / "train.jsonl").write_text(row("aa") * 3)
+    (tmp_path / "valid.jsonl").write_text(row("b"))
+    assert cli.main(["eval", str(folder), str(tmp_path), "--chat", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 1

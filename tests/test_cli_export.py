@@ -1,6 +1,10 @@
 """`entrenar export`: every format from one model, nothing overwritten unasked, each refusal with its way out."""
 
+import json
+
+import numpy as np
 import pytest
+import tuned
 
 from entrenar import random
 from entrenar.cli import main
@@ -12,6 +16,7 @@ from entrenar.data.tokenizer_subword import SubwordTokenizer
 from entrenar.formats.gguf import read_header
 from entrenar.llama import Llama, LlamaConfig
 
+IDS = np.arange(40, 80)[None]
 CONFIG = dict(vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
               max_position_embeddings=32, rms_norm_eps=1e-5)  # fmt: skip
 
@@ -157,3 +162,110 @@ def test_weights_too_large_for_the_type_are_refused_by_name(tmp_path, capsys):
     for to, name, out in (("gguf", "output.weight", "m.gguf"), ("hf", "lm_head.weight", "copy")):
         assert export(source, "--to", to, "--out", tmp_path / out, *(["--dtype", "float16"] if to == "hf" else [])) == 2
         assert name in capsys.readouterr().err and not (tmp_path / out).exists()
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """base, run and one: adapters for it"""
+    place = tmp_path_factory.mktemp("made")
+    tuned.base(place / "base", template=tuned.CHATML)
+    tuned.run(place / "run", place / "base", steps=(2, 4))
+    tuned.adapter(place / "one", place / "base", seed=3, target_modules=["q_proj", "v_proj"])
+    return place
+
+
+def test_a_run_becomes_a_folder_of_peft_with_a_model_card(made, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    assert export(made / "run", "--to", "peft", "--out", out, "--base-name", "meta-llama/Llama-3.2-1B") == 0
+    said = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "meta-llama/Llama-3.2-1B" and config["peft_type"] == "LORA"
+    weights = "adapter_model.safetensors"
+    assert (out / weights).read_bytes() == (made / "run" / "checkpoint" / weights).read_bytes()
+    head, card = (out / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
+    assert "base_model: meta-llama/Llama-3.2-1B\n" in head and "library_name: peft\n" in head and "- lora\n" in head
+    assert "A LoRA adapter of rank 4 (alpha 8) on down_proj, gate_proj" in card and "# run" in card
+    assert "Trained with entrenar." in card
+    assert f"wrote {out}" in said and "PeftModel.from_pretrained" in said
+    opened, before = open_model(out, base=str(made / "base")), open_model(made / "run")
+    assert np.array_equal(opened.model(IDS).data, before.model(IDS).data)
+
+
+def test_a_folder_of_peft_can_be_written_again_and_names_its_base_where_it_is(made, tmp_path, capsys):
+    assert export(made / "one", "--to", "peft", "--out", tmp_path / "copy") == 0
+    assert f"for the model {made / 'base'}; --base-name" in capsys.readouterr().out
+    config = json.loads((tmp_path / "copy" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(made / "base")
+    assert export(made / "one", "--to", "peft", "--out", tmp_path / "copy") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert export(made / "run", "--to", "peft", "--out", tmp_path / "copy", "--force") == 0
+    assert (tmp_path / "copy" / "tokenizer.json").is_file()
+
+
+def test_best_is_the_best_adapter(made, tmp_path):
+    weights = "adapter_model.safetensors"
+    assert export(made / "run", "--to", "peft", "--best", "--out", tmp_path / "best") == 0
+    assert (tmp_path / "best" / weights).read_bytes() == (made / "run" / "step-000002" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("kind, dtype", [(None, "F32"), ("f16", "F16")])
+def test_an_adapter_becomes_a_file_for_llama_cpp(made, tmp_path, capsys, kind, dtype):
+    out = tmp_path / "one.gguf"
+    assert export(made / "one", "--to", "gguf-lora", "--out", out, *(["--type", kind] if kind else [])) == 0
+    header, said = read_header(out), capsys.readouterr().out
+    assert (header.metadata["general.type"], header.metadata["adapter.type"]) == ("adapter", "lora")
+    assert len(header.entries) == 8 and {entry.dtype for entry in header.entries.values()} == {dtype}
+    assert f"--lora {out}" in said and f"entrenar export {made / 'base'} --to gguf" in said
+
+
+@pytest.mark.parametrize("adapter", ["run", "one"])
+def test_a_model_with_an_adapter_is_written_merged(made, tmp_path, adapter):
+    for to, out in (("hf", "folder"), ("gguf", "m.gguf"), ("llama2c", "m.bin")):
+        assert export(made / adapter, "--to", to, "--out", tmp_path / out) == 0
+    wanted = open_model(made / adapter).model(IDS).data
+    np.testing.assert_allclose(open_model(tmp_path / "folder").model(IDS).data, wanted, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(import_llama2c(tmp_path / "m.bin")(IDS).data, wanted, rtol=1e-4, atol=1e-3)
+    assert "blk.0.attn_q.weight" in read_header(tmp_path / "m.gguf").entries
+
+
+def test_a_model_in_4_bits_is_written_as_the_floats_it_stands_for(made, tmp_path):
+    assert main(["quantize", str(made / "base"), "--to", "nf4", "--out", str(tmp_path / "small")]) == 0
+    assert export(tmp_path / "small", "--to", "hf", "--out", tmp_path / "plain") == 0
+    opened = open_model(tmp_path / "plain")
+    assert not list(opened.model.named_packed())
+    wanted = open_model(tmp_path / "small").model(IDS).data
+    np.testing.assert_allclose(opened.model(IDS).data, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_what_a_gguf_adapter_cannot_hold_is_refused_with_the_way_out(made, tmp_path, capsys):
+    tuned.adapter(tmp_path / "dora", made / "base", use_dora=True)
+    assert export(tmp_path / "dora", "--to", "gguf-lora", "--out", tmp_path / "x.gguf") == 2
+    assert "it is DoRA" in capsys.readouterr().err and not (tmp_path / "x.gguf").exists()
+    assert export(tmp_path / "dora", "--to", "peft", "--out", tmp_path / "copy") == 0
+    assert "A DoRA adapter" in (tmp_path / "copy" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("words, message", [
+    (("base", "--to", "peft", "--out", "x"), "base: is a whole model, and --to peft is for an adapter"),
+    (("base", "--to", "gguf-lora", "--out", "x"), "base: is a whole model, and --to gguf-lora is for an adapter"),
+    (("one", "--to", "peft", "--out", "one", "--force"), "holds the adapter itself; give another place"),
+    (("one", "--to", "peft", "--dtype", "float16", "--out", "x"), "--dtype float16: peft gets the adapter as it is"),
+    (("one", "--to", "gguf-lora", "--type", "q8_0", "--out", "x"), "--type q8_0: for gguf-lora wanted one of f32, f16"),
+    (("one", "--to", "gguf", "--base-name", "a/b", "--out", "x"), "--base-name a/b: is for --to peft"),
+    (("none", "--to", "peft", "--out", "x"), "none: does not exist"),
+    (("one", "--to", "gguf-lora", "--out", "."), "give the file's name too, as adapter.gguf"),
+    (("one", "--to", "gguf_lora", "--out", "x"), "did you mean gguf-lora?"),
+])  # fmt: skip
+def test_an_adapter_that_cannot_be_exported_so_is_refused(made, tmp_path, monkeypatch, capsys, words, message):
+    for name in ("base", "one"):
+        (tmp_path / name).symlink_to(made / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *words]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and not (tmp_path / "x").exists()

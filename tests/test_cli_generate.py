@@ -22,11 +22,12 @@ from entrenar import cli, random
 from entrenar.cli import generate as verb
 from entrenar.cli.models import Opened, open_model
 from entrenar.cli.parser import verb_parser
+from entrenar.cli.writing import BETWEEN
 from entrenar.convert.llama2c import export_llama2c
 from entrenar.data import ByteTokenizer, TokenizerError, train_bpe
 from entrenar.formats import FormatError
 from entrenar.llama import Llama, LlamaConfig, generate
-from entrenar.training.checkpoint import CheckpointError, save_step
+from entrenar.training.checkpoint import CheckpointError, model_files, save_step
 
 SMALL = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
                     max_position_embeddings=64, initializer_range=0.3, rms_norm_eps=1e-5, bos_token_id=256,
@@ -111,8 +112,8 @@ def test_the_same_seed_writes_the_same_text_and_another_another(run):
 
 
 def test_of_several_texts_each_is_the_same_however_many_there_are(run):
-    three = run("-n", 3, "--max-tokens", 20, "--temperature", 1.5)[1].split(verb.BETWEEN)
-    two = run("-n", 2, "--max-tokens", 20, "--temperature", 1.5)[1].split(verb.BETWEEN)
+    three = run("-n", 3, "--max-tokens", 20, "--temperature", 1.5)[1].split(BETWEEN)
+    two = run("-n", 2, "--max-tokens", 20, "--temperature", 1.5)[1].split(BETWEEN)
     assert len(set(three)) == 3 and two == three[:2]
 
 
@@ -295,7 +296,7 @@ def test_weights_that_are_no_numbers_end_with_2(run, monkeypatch, model):
     broken = Llama(SMALL)
     broken.head_weight.data[65] = np.nan
     opened = Opened(broken, ByteTokenizer(), "there", frozenset({256}), 64)
-    monkeypatch.setattr("entrenar.cli.models.open_model", lambda path, warn: opened)
+    monkeypatch.setattr("entrenar.cli.models.open_model", lambda path, **settings: opened)
     code, out, err = run()
     assert (code, out) == (2, "")
     assert "there: sampling: token 65 has logit nan: the model's weights hold NaN or infinity" in err
@@ -363,7 +364,7 @@ def run_folder(tmp_path, model, steps=(2, 4), **changes):
     state = {"config": {"training": {"context": 16}}} | changes
     for step in steps:
         model.head_weight.data[0, 0] = step
-        save_step(run, step, best=step == 2, keep_last_n=9, model=model, tokenizer=ByteTokenizer(), state=state)
+        save_step(run, step, best=step == 2, keep_last_n=9, write=model_files(model, ByteTokenizer()), state=state)
     return run
 
 

@@ -20,7 +20,7 @@ from entrenar.data import ByteTokenizer
 from entrenar.formats import gguf, safetensors
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.optim import AdamW
-from entrenar.training.checkpoint import save_step
+from entrenar.training.checkpoint import model_files, save_step
 
 SHAPE = LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
                     num_attention_heads=2, rms_norm_eps=1e-5, max_position_embeddings=32, tie_word_embeddings=True,
@@ -38,7 +38,7 @@ def made(tmp_path_factory, model):
     run = tmp_path_factory.mktemp("made") / "run"
     run.mkdir()
     optimizer = AdamW(list(model.named_parameters()), lr=0.01)
-    parts = {"model": model, "tokenizer": ByteTokenizer(), "optimizer": optimizer}
+    parts = {"write": model_files(model, ByteTokenizer()), "optimizer": optimizer}
     for step in (4, 8):
         save_step(run, step, best=step == 4, state={"step": step}, **parts)
     events = [

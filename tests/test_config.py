@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from entrenar.llama import LlamaConfig
-from entrenar.training.config import SECTIONS, Config, ConfigError, help_text, options, read_config, to_toml
+from entrenar.training.config import Config, ConfigError, help_text, options, read_config, to_toml
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "llama2" / "configs"
 
@@ -29,7 +29,7 @@ def test_tiny_toml_is_the_default_run():
 
 def test_tiny_toml_names_every_option():
     text = (CONFIGS / "tiny.toml").read_text()
-    assert [o.name for o in options() if not re.search(rf"^{o.name} = ", text, re.M)] == []
+    assert [o.name for o in options(Config) if not re.search(rf"^{o.name} = ", text, re.M)] == []
 
 
 @pytest.mark.parametrize(
@@ -69,16 +69,16 @@ def test_overrides_go_over_the_file_and_the_last_one_counts(tmp_path):
 
 
 def test_every_option_has_a_type_a_default_of_it_and_a_help():
-    for o in options():
+    for o in options(Config):
         assert o.help, o.full_name
         assert o.check(o.default) == o.default, o.full_name
-    model = {o.name for o in options("model")}
+    model = {o.name for o in options(Config, "model")}
     assert model == {f.name for f in dataclasses.fields(LlamaConfig)}
 
 
 def test_help_lists_every_option_with_its_default():
     text = re.sub(r"\s+", " ", help_text())
-    for o in options():
+    for o in options(Config):
         assert f"--{o.full_name} " in text
     assert f"windows per micro-batch (default {Config().training.batch_size})" in text
     assert "(one of cosine, linear, constant, wsd; default " in text
@@ -166,9 +166,9 @@ def test_a_table_can_be_given_on_the_command_line():
 
 
 def test_no_two_options_share_a_name_but_the_two_vocabularies():
-    names = [o.name for o in options()]
+    names = [o.name for o in options(Config)]
     assert {name for name in names if names.count(name) > 1} == {"vocab_size"}
-    assert set(SECTIONS) == {"model", "training", "lr_schedule", "data", "checkpointing"}
+    assert set(Config.SECTIONS) == {"model", "training", "lr_schedule", "data", "checkpointing"}
 
 
 def test_warmup_and_decay_follow_the_number_of_steps_unless_given():

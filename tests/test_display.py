@@ -196,3 +196,20 @@ def test_labels_move_apart_and_keep_their_order():
     assert sorted(placed) == placed
     assert min(b - a for a, b in zip(placed, placed[1:], strict=False)) >= 19.9
     assert placed[0] >= 0 and placed[-1] <= 220
+
+
+def test_a_fine_tuning_run_shows_perplexity_instead_of_bits():
+    stream = io.StringIO()
+    panel = LivePanel(stream, rate=1e9, width=110)
+    panel.start(Heading("a model learns to answer", ["line one"]))
+    for step, loss in ((0, 3.0), (50, 2.0)):
+        panel.held_out(dataclasses.replace(SEEN, step=step, loss=loss, bits_per_byte=None, bytes=0))
+    panel.step(dataclasses.replace(REPORT, bits_per_byte=None))
+    panel.close()
+    text = stream.getvalue()
+    assert "perplexity, held out" in text and "7.389" in text and "3.0000" in text and "bits/byte" not in text
+
+    lines = PlainLines(stream := io.StringIO(), report_every=1)
+    lines.step(dataclasses.replace(REPORT, loss=0.0, bits_per_byte=None))
+    lines.held_out(dataclasses.replace(SEEN, loss=0.0, bits_per_byte=None))
+    assert " perplexity=1.0000 " in stream.getvalue() and "held_out_perplexity=1.0000" in stream.getvalue()

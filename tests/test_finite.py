@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from entrenar import random
-from entrenar.data import IGNORE
+from entrenar.data import IGNORE, Batch
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.observe.finite import FiniteWatch, NonFinite, Replay, explain, first_nonfinite
 from entrenar.ops.elementwise import Mul
@@ -22,8 +22,7 @@ def model():
 
 def replay(ids, targets=None):
     targets = np.roll(ids, -1, axis=1) if targets is None else targets
-    starts = [[100 + 10 * row for row in range(len(ids))]]
-    return Replay([(ids, targets)], starts, lambda offset: f"text.txt, byte {offset}")
+    return Replay([Batch(ids, targets)], [lambda row, time: f"line {row + 1} of text.txt, token {time}"])
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_an_overflow_names_op_layer_and_token(model, ids):
         block.mlp.down_proj.weight.data[:] = 0
     text = explain(model, replay(ids))
     assert "inf, made by Linear in model.layers.2.mlp.up_proj (forward)" in text
-    assert f"micro-batch 1, row 2, token 5 (id {token}): training token 114, text.txt, byte 114" in text
+    assert f"micro-batch 1, row 2, token 5 (id {token}): line 2 of text.txt, token 4" in text
 
 
 def test_a_loss_that_overflows_names_its_token(model, ids):

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from entrenar import kernels, random
-from entrenar.cli.generate import StopStrings
-from entrenar.llama import Llama, LlamaConfig, generate
+from entrenar.cli.writing import StopStrings
+from entrenar.llama import Llama, LlamaConfig, Reader, generate
 from entrenar.llama.generate import Sampling, candidates, sample
 
 SMALL = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -233,3 +233,50 @@ def test_the_settings_of_generate_are_those_of_sampling():
     for function in (generate, sample):
         given_ = inspect.signature(function).parameters
         assert {name: given_[name].default for name in fields} == fields
+
+
+# -- reading on
+
+
+def test_a_reader_reads_only_what_differs_from_what_it_read_before(model):
+    reader, rng = Reader(model), np.random.default_rng(0)
+    text = rng.integers(0, 97, 20).tolist()
+    first = list(generate(model, text, max_new_tokens=5, temperature=0, reader=reader))
+    assert reader.read == 20 + 4  # the last token was not read
+    longer = [*text, *first, 3, 4]
+    assert list(generate(model, longer, max_new_tokens=5, temperature=0, reader=reader)) == list(
+        generate(model, longer, max_new_tokens=5, temperature=0, use_cache=False)
+    )
+    assert reader.read == 24 + 3 + 4
+    other = [*text[:10], (text[10] + 1) % 97]
+    assert list(generate(model, other, max_new_tokens=3, temperature=0, reader=reader)) == list(
+        generate(model, other, max_new_tokens=3, temperature=0, use_cache=False)
+    )
+    assert reader.read == 31 + 1 + 2
+
+
+def test_what_was_read_already_is_predicted_from_again_by_its_last_token(model):
+    reader = Reader(model)
+    logits = reader.last_logits([5, 6, 7])
+    np.testing.assert_allclose(reader.last_logits([5, 6, 7]), logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reader.last_logits([5, 6]), Reader(model).last_logits([5, 6]), rtol=1e-5, atol=1e-5)
+    assert reader.read == 3 + 1 + 1
+
+
+def test_a_reader_that_is_stopped_in_the_middle_goes_on_rightly(model, monkeypatch):
+    reader = Reader(model)
+    reader.last_logits([5, 6, 7])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "logits", lambda self, x: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            reader.last_logits([5, 6, 8, 9])
+    wanted = Reader(model).last_logits([5, 6, 8, 9])
+    np.testing.assert_allclose(reader.last_logits([5, 6, 8, 9]), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reader_grows_with_the_text_up_to_the_models_context(model):
+    reader = Reader(model, capacity=2)
+    for length in (1, 5, 64):
+        logits = reader.last_logits(list(range(length)))
+    assert reader.cache.capacity == 64 and reader.read == 64
+    np.testing.assert_allclose(logits, model(np.arange(64)[None]).data[0, -1], rtol=1e-4, atol=1e-4)

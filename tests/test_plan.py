@@ -63,9 +63,9 @@ def measured_run(folder: Path, name: str, text: Path, run: str, **changes) -> tu
     prepare(str(text), vocab_size=vocab_size, held_out=values["held_out"], cache=str(values["cache"]))
     out = folder / run
     words = [f"--{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, Path(__file__).with_name("plan_measure.py"), folder / f"{run}.peak"]
-    done = subprocess.run([*command, "--config", CONFIGS / f"{name}.toml", "--out", out, *words], env=SAME_PACKAGE,
-                          capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, Path(__file__).with_name("plan_measure.py"), folder / f"{run}.peak", "train"]
+    command += ["--config", CONFIGS / f"{name}.toml", "--out", out, *words]
+    done = subprocess.run(command, env=SAME_PACKAGE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with open(out / "metrics.jsonl", encoding="utf-8") as lines:
         start = json.loads(lines.readline())
@@ -167,8 +167,8 @@ def test_the_rehearsal_holds_what_a_real_step_holds(native, name, micro_batches,
 class Forgetful(Rehearsal):
     """Drops a layer's gate too early, as if its backward did not need it."""
 
-    def block(self, x, name, *, keep):
-        y, saved = super().block(x, name, keep=keep)
+    def block(self, i, x, name, *, keep):
+        y, saved = super().block(i, x, name, keep=keep)
         if keep:
             self.heap.drop(saved.gate)
             saved.gate = None

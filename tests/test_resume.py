@@ -370,7 +370,7 @@ def test_a_disk_that_becomes_read_only_stops_the_run(small_disk, capsys):
             if self.step == 6:
                 self.metrics.close()
                 subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-                self.metrics = open("elsewhere.jsonl", "a")
+                self.metrics.file = open("elsewhere.jsonl", "a")
             between(self)
 
         patch.setattr(Trainer, "_between_steps", remount)
@@ -486,9 +486,9 @@ def test_rehearsing_for_a_budget_changes_no_bit(capsys, monkeypatch, wanted):
 
 
 def test_every_option_of_the_small_run_exists():
-    from entrenar.training.config import options
+    from entrenar.training.config import Config, options
 
-    assert set(SMALL) <= {o.full_name for o in options()}
+    assert set(SMALL) <= {o.full_name for o in options(Config)}
 
 
 def test_memory_limits_do_not_leak_between_tests():
@@ -554,15 +554,15 @@ def test_a_checkpoint_given_for_its_run_is_told_the_run(capsys):
 
 
 def test_a_folder_filled_while_the_text_was_prepared_is_left_alone(monkeypatch, capsys):
-    from entrenar.training import job
+    from entrenar.training import pretrain
 
-    def slow(*args, prepare=job.prepare, **kwargs):
+    def slow(*args, prepare=pretrain.prepare, **kwargs):
         if not Path("run").exists():
             Path("run").mkdir()  # so that the other one comes here only once
             assert train("run") == 0, "another one trains there meanwhile"
         return prepare(*args, **kwargs)
 
-    monkeypatch.setattr(job, "prepare", slow)
+    monkeypatch.setattr(pretrain, "prepare", slow)
     assert train("run") == 2
     assert "--out run: holds a run already" in capsys.readouterr().err
     assert [path.name for path in saved_steps(Path("run"))][-1] == "step-000012"
@@ -583,12 +583,12 @@ def test_a_disk_that_refuses_is_told_with_place_and_way_out(monkeypatch, capsys)
 
 
 def test_a_disk_that_refuses_prepared_data_is_told_with_another_folder_as_the_way_out(monkeypatch, capsys):
-    from entrenar.training import job
+    from entrenar.training import pretrain
 
     def refuse(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(job, "prepare", refuse)
+    monkeypatch.setattr(pretrain, "prepare", refuse)
     assert train("run", data__cache="kept") == 1
     told = capsys.readouterr().err
     assert "data.cache = 'kept': No space left on device, while the text was prepared" in told
@@ -596,12 +596,12 @@ def test_a_disk_that_refuses_prepared_data_is_told_with_another_folder_as_the_wa
 
 
 def test_ctrl_c_while_the_text_is_prepared_says_that_there_is_no_run_yet(monkeypatch, capsys):
-    from entrenar.training import job
+    from entrenar.training import pretrain
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "prepare", stop)
+    monkeypatch.setattr(pretrain, "prepare", stop)
     assert train("run") == 130
     told = capsys.readouterr().err
     assert "stopped before the first step: there is no run yet" in told and "is whole" not in told

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from entrenar import optim, random
-from entrenar.data import IGNORE, prepare
+from entrenar.data import IGNORE, Batch, prepare
 from entrenar.llama import Llama
 from entrenar.training.checkpoint import load_checkpoint
 from entrenar.training.config import read_config
 from entrenar.training.display import HeldOut, PlainLines
 from entrenar.training.signals import StopAtOnce, listening
+from entrenar.training.text_task import TextTask
 from entrenar.training.trainer import Trainer, TrainingError, accumulate_gradients
 
 SMALL = {
@@ -43,7 +44,13 @@ def make(tmp_path):
         run.mkdir()
         lines = open(run / "lines.txt", "w")
         made.append(
-            Trainer(config, data, Llama(config.llama(257, 256)), run, PlainLines(lines, report_every=2), 1e9)
+            Trainer(
+                config,
+                TextTask(config, data, Llama(config.llama(257, 256))),
+                run,
+                PlainLines(lines, report_every=2),
+                1e9,
+            )
         )
         return made[-1]
 
@@ -68,10 +75,10 @@ def test_micro_batches_equal_one_big_batch_by_tokens(make):
     ids, targets = rng.integers(0, 257, (2, 6, 16))
     targets[rng.random(targets.shape) < 0.4] = IGNORE
     targets[:2] = IGNORE  # the first micro-batch counts for nothing, others for what they have
-    loss, tokens = accumulate_gradients(model, [(ids, targets)])
+    loss, tokens = accumulate_gradients(model, [Batch(ids, targets)])
     whole = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    parts = [(ids[a:b], targets[a:b]) for a, b in ((0, 2), (2, 3), (3, 6))]
+    parts = [Batch(ids[a:b], targets[a:b]) for a, b in ((0, 2), (2, 3), (3, 6))]
     loss_parts, tokens_parts = accumulate_gradients(model, parts)
     assert tokens == tokens_parts == (targets != IGNORE).sum()
     assert loss == pytest.approx(loss_parts, rel=1e-6)
@@ -86,8 +93,8 @@ def test_a_mean_of_means_would_not_pass_for_it(make):
     rng = np.random.default_rng(0)
     ids, targets = rng.integers(0, 257, (2, 2, 16))
     targets[0, 4:] = IGNORE
-    whole, _ = accumulate_gradients(model, [(ids, targets)])
-    means = [accumulate_gradients(model, [(ids[i : i + 1], targets[i : i + 1])])[0] for i in (0, 1)]
+    whole, _ = accumulate_gradients(model, [Batch(ids, targets)])
+    means = [accumulate_gradients(model, [Batch(ids[i : i + 1], targets[i : i + 1])])[0] for i in (0, 1)]
     assert abs(np.mean(means) - whole) > 1e-4
 
 
@@ -116,11 +123,11 @@ def test_looking_and_saving_change_nothing_of_the_training(make):
 def test_the_first_step_is_clipped_adamw_by_hand(make):
     t = make(training__steps=1, training__eval_every=0, training__clip_norm=0.1, lr_schedule__warmup_steps=1)
     before = {n: w.copy() for n, w in weights(t).items()}
-    accumulate_gradients(t.model, [t.batches.next()])
+    accumulate_gradients(t.model, [t.task.next()[0]])
     grads = {n: p.grad.astype(np.float64) for n, p in t.model.named_parameters()}
     norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
     t.model.zero_grad()
-    t.batches.load_state({"seed": t.config.training.seed, "epoch": 0, "position": 0})
+    t.task.batches.load_state({"seed": t.config.training.seed, "epoch": 0, "position": 0})
     t.train()
     assert t.reports[0].grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.1
     lr, c = t.reports[0].learning_rate, t.config.training
@@ -161,11 +168,11 @@ def test_every_step_and_look_is_in_metrics(make):
 def test_bits_per_byte_count_every_held_out_byte_and_end_token(make):
     t = make()
     seen = t.look(whole=True)
-    facts = t.data.facts
+    facts = t.task.data.facts
     assert (seen.bytes, seen.tokens) == (facts.held_out_bytes, facts.held_out_tokens)
     # by hand: the whole row in windows that do not overlap
     t = make(training__eval_overlap=0.0)
-    row = np.concatenate([[256], t.data.held_out]).astype(np.int64)
+    row = np.concatenate([[256], t.task.data.held_out]).astype(np.int64)
     nats = sum(t.model.loss(row[None, s : s + 16], row[None, s + 1 : s + 17][:, : len(row[s : s + 16])],
                             reduction="sum").item()
                for s in range(0, len(row) - 1, 16) if len(row[s + 1 : s + 17]) == 16)  # fmt: skip
@@ -181,7 +188,7 @@ def test_the_sample_of_held_out_text_is_smaller_and_always_the_same(make):
     t = make()
     one, two = t.look(), t.look()
     assert one.bits_per_byte == two.bits_per_byte
-    assert 0 < one.tokens < t.data.facts.held_out_tokens
+    assert 0 < one.tokens < t.task.data.facts.held_out_tokens
 
 
 def test_a_stop_while_all_held_out_text_is_read_makes_do_with_the_sample(make):
@@ -224,7 +231,7 @@ def test_the_time_left_counts_the_looks_to_come_and_the_last_at_everything(make)
     t = make(training__steps=12, training__eval_every=4)
     t.step, t.busy = 3, 2.0
     assert t._seconds_left() == 9 * 2.0
-    facts = t.data.facts
+    facts = t.task.data.facts
     t.looks = [HeldOut(0, 0.0, 0.0, facts.held_out_tokens // 10, 0, seconds=1.0, whole=False)]
     assert t._seconds_left() == pytest.approx(9 * 2.0 + 3 + 10, rel=0.05)
 
@@ -240,7 +247,7 @@ def test_a_checkpoint_holds_all_the_next_step_depends_on(make):
     again = make(checkpointing__every=0)  # by hand what a later `resume` will do
     again.model.load_state_dict(saved.weights)
     again.optimizer.load_state_dict(saved.optimizer)
-    again.batches.load_state(state["batches"])
+    again.task.batches.load_state(state["batches"])
     random.set_state(state["random"])
     again.step = state["step"]
     again.train()
@@ -256,14 +263,14 @@ def test_the_best_checkpoint_is_the_lowest_look(make):
 
 def test_no_number_for_a_loss_stops_the_run_and_keeps_the_checkpoint(make):
     t = make(checkpointing__every=2, training__eval_every=0)
-    accumulate = t.batches.next
+    accumulate = t.task.batches.next
 
     def poisoned():
         if t.step == 3:
             t.model.model.norm.weight.data[:] = np.nan
         return accumulate()
 
-    t.batches.next = poisoned
+    t.task.batches.next = poisoned
     with pytest.raises(TrainingError, match=r"step 4: the loss is nan; .*last checkpoint is .*learning_rate"):
         t.train()
     assert t.step == 3 and load_checkpoint(t.run).state["step"] == 2
@@ -288,7 +295,7 @@ def test_weights_that_are_not_finite_are_never_saved(make):
 def test_a_full_disk_names_the_file(make):
     t = make()
     t.metrics.close()
-    t.metrics = open("/dev/full", "a")
+    t.metrics.file = open("/dev/full", "a")
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         t.log("step")
     t.close()
@@ -296,21 +303,21 @@ def test_a_full_disk_names_the_file(make):
 
 def test_a_sample_is_text_and_repeatable(make):
     t = make(training__sample_prompt="12 is")
-    text = t.sample()
-    assert text.startswith("12 is") and text == t.sample()
+    (one,) = t.samples()
+    assert one.prompt == "12 is" and one.text and [one] == t.samples()
     assert dataclasses.asdict(t.config.training)["sample_tokens"] == 8
 
 
 def test_ctrl_c_finishes_the_step_and_a_second_one_ends_at_once(make):
     t = make(training__steps=1000, training__eval_every=0)
-    original = t.batches.next
+    original = t.task.batches.next
 
     def interrupted():
         if t.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return original()
 
-    t.batches.next = interrupted
+    t.task.batches.next = interrupted
     handler = signal.getsignal(signal.SIGINT)
     with listening(t.requests):
         t.train()

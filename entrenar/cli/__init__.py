@@ -15,6 +15,7 @@ ENTRENAR_TRACEBACK=1 shows where an error was raised.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -25,35 +26,35 @@ from types import ModuleType
 
 VERBS = {
     "train": "entrenar.cli.train",
+    "finetune": "entrenar.cli.finetune",
     "resume": "entrenar.cli.resume",
     "plan": "entrenar.cli.plan",
     "generate": "entrenar.cli.generate",
+    "chat": "entrenar.cli.chat",
     "eval": "entrenar.cli.evaluate",
     "data": "entrenar.cli.data",
     "inspect": "entrenar.cli.inspect",
+    "merge": "entrenar.cli.merge",
+    "quantize": "entrenar.cli.quantize",
     "export": "entrenar.cli.export",
     "doctor": "entrenar.cli.doctor",
     "completion": "entrenar.cli.completion",
 }
-CONFIGURED = ("train", "resume", "plan", "data")  # those that take --section.key VALUE
+CONFIGURED = ("train", "finetune", "resume", "plan", "data")  # those that take --section.key VALUE
 
 DONE, FAILED, UNUSABLE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 
-HELP = """usage: entrenar COMMAND [OPTIONS]
-
-Trains LLaMA-family models on ordinary CPUs.
+HELP = """usage: entrenar COMMAND [OPTIONS]     LLaMA-family models on ordinary CPUs
 
 {verbs}
 
-  entrenar COMMAND --help   options and an example
-  entrenar --version        which one this is
-
-example:
+entrenar COMMAND --help has options and an example; entrenar --version which one
+examples:
   entrenar train --data.source book.txt --budget 20m
-
-Exit codes: 0 done; 1 failed on the way; 2 the command line, the configuration
-or a file cannot be used; 130 Ctrl-C, 143 SIGTERM (a training run has saved);
-141 the reader of a pipe went away. ENTRENAR_TRACEBACK=1 shows where it failed."""
+  entrenar finetune --base.model Llama-3.2-1B --data.source chats.jsonl
+Exit codes: 0 done; 1 failed on the way; 2 the command line, configuration or a
+file cannot be used; 130 Ctrl-C, 143 SIGTERM (a training run has saved); 141 the
+reader of a pipe went away. ENTRENAR_TRACEBACK=1 shows where it failed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +103,7 @@ def run_verb(name: str, words: list[str]) -> int:
         from entrenar.cli.configuration import option_names, take_overrides
 
         overrides, words = take_overrides(words)
-        known = option_names
+        known = functools.partial(option_names, name)
     try:
         args = parser.read(words, known)
     except SystemExit:  # argparse, after printing help
@@ -134,7 +135,7 @@ def told(name: str, error: BaseException) -> int:
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
     code, message = explained(error)
-    if code == INTERRUPTED and name in ("train", "resume") and "no run yet" not in message:
+    if code == INTERRUPTED and name in ("train", "finetune", "resume") and "no run yet" not in message:
         message += "; what the run saved before is whole"
     with contextlib.suppress(OSError, ValueError):  # nobody may be listening there either
         print(f"entrenar {name}: {message}" if name else f"entrenar: {message}", file=sys.stderr)
@@ -165,13 +166,14 @@ def explained(error: BaseException) -> tuple[int, str]:
 
 UNUSABLES = (
     ("entrenar.cli.parser", "CommandLineError"),
-    ("entrenar.training.options", "ConfigError"),
+    ("entrenar.training.option", "ConfigError"),
     ("entrenar.data", "CorpusError"),
     ("entrenar.data", "TokenizerError"),
+    ("entrenar.data.chat", "TemplateError"),
     ("entrenar.training.checkpoint", "CheckpointError"),
     ("entrenar.formats", "FormatError"),
 )
-FAILURES = (("entrenar.training.trainer", "TrainingError"),)
+FAILURES = (("entrenar.training.trouble", "TrainingError"),)
 
 
 def loaded(errors: Sequence[tuple[str, str]]) -> tuple[type[BaseException], ...]:

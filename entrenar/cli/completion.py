@@ -30,7 +30,6 @@ def run(args: argparse.Namespace) -> int:
 def whole_parser() -> argparse.ArgumentParser:
     """All verbs in one parser, with every option of the configuration where a verb takes them."""
     from entrenar import cli
-    from entrenar.cli import resume
     from entrenar.cli.configuration import add_options
     from entrenar.cli.parser import Parser, leaves, verb_parser
 
@@ -43,7 +42,7 @@ def whole_parser() -> argparse.ArgumentParser:
             verbs.add_parser(name, help=help, **settings)))  # fmt: skip
         for leaf in leaves(below):
             if name in cli.CONFIGURED:
-                add_options(leaf, resume.changeable() if name == "resume" else None)
+                add_options(leaf, name)
             complete_files(leaf)
     return parser
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from entrenar.cli.parser import CommandLineError
+
+if TYPE_CHECKING:
+    from entrenar.training.option import Option
 
 OPTION = re.compile(r"--[^=\s]*\.")  # the dot tells them from a verb's own options
 
@@ -56,31 +59,37 @@ class Override(argparse.Action):
         namespace.overrides = [*getattr(namespace, "overrides", []), (self.dest, value)]
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """`--config FILE`, and the words of the help that stand for all the options."""
+def add_config(parser: argparse.ArgumentParser, verb: str = "train") -> None:
+    """`--config FILE`, and the words of the help that stand for all the options, which `verb` lists."""
     parser.add_argument("--config", metavar="FILE", help="read options from a TOML file")
-    parser.add_argument_group("configuration", WORDS)
+    parser.add_argument_group("configuration", WORDS.format(verb=verb))
 
 
 WORDS = """--section.key VALUE   any option of the configuration; goes over the file
-                      (entrenar train --help-options lists them all)"""
+                      (entrenar {verb} --help-options lists them all)"""
 
 
-def add_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Tell the parser the configuration's options (all, or those in `names`), for completion."""
-    from entrenar.training.config import options
-
-    for option in options():
-        if names is None or option.full_name in names:
-            choices = ("true", "false") if option.kinds == (bool,) else option.limits.get("choices")
-            parser.add_argument(f"--{option.full_name}", metavar="VALUE", choices=choices or None, help=option.help)
+def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Tell the parser the options of the configuration that a verb takes, for completion."""
+    for option in options_of(verb):
+        choices = ("true", "false") if option.kinds == (bool,) else option.limits.get("choices")
+        parser.add_argument(f"--{option.full_name}", metavar="VALUE", choices=choices or None, help=option.help)
 
 
-def option_names() -> list[str]:
-    """Every option of the configuration: "--training.steps"."""
-    from entrenar.training.config import options
+def options_of(verb: str) -> list[Option]:
+    """The options a verb takes: of its own kind of run; `plan` and `resume` take both kinds', the latter not all."""
+    from entrenar.training import job
+    from entrenar.training.config import KINDS, Config, options
 
-    return [f"--{option.full_name}" for option in options()]
+    own = [kind for kind in KINDS if verb == kind.VERB] or [Config]
+    kinds = KINDS if verb in ("plan", "resume") else own
+    known = {option.full_name: option for kind in reversed(kinds) for option in options(kind)}
+    return [option for name, option in known.items() if verb != "resume" or job.may_change(name)]
+
+
+def option_names(verb: str) -> list[str]:
+    """Every option of the configuration that a verb takes: "--training.steps"."""
+    return [f"--{option.full_name}" for option in options_of(verb)]
 
 
 def _is_unicode(word: str) -> bool:

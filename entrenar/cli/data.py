@@ -221,7 +221,7 @@ def _amount(size: int) -> str:
 
 def _prepared(config: Config, temporary: Path, progress: Progress) -> Prepared:
     """As the run prepares it; without a cache in `temporary`."""
-    from entrenar.training.job import prepared
+    from entrenar.training.pretrain import prepared
 
     return prepared(config, temporary, progress)  # type: ignore[arg-type]
 

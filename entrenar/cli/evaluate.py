@@ -12,12 +12,15 @@ import json
 import math
 import shlex
 import sys
-import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from entrenar.cli.bar import Progress
+from entrenar.cli.evaluate_chats import ChatScore, score_chats
+from entrenar.cli.model_options import OFF, add_model_options, opened
 from entrenar.cli.parser import CommandLineError
 from entrenar.cli.terminal import paint, visible
 
@@ -27,8 +30,8 @@ if TYPE_CHECKING:
 NAME = "eval"
 HELP = "say how well a model predicts a text: loss, perplexity, bits per byte"
 EXAMPLE = """
-entrenar eval runs/mine book.txt
 entrenar eval SmolLM2-135M notes/ test.jsonl --context 512 --json
+entrenar eval llama/ --adapter off --adapter runs/tuned --chat held-out.jsonl
 """
 
 TOKENS = 4096  # in one batch, about, where --batch-size says nothing else
@@ -36,9 +39,11 @@ TOKENS = 4096  # in one batch, about, where --batch-size says nothing else
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "entrenar eval MODEL FILE... [options]"
-    parser.add_argument("model", metavar="MODEL", help="a run, a checkpoint, or a folder as Hugging Face has it")
+    parser.add_argument("model", metavar="MODEL", help="a run, checkpoint, adapter, or Hugging Face folder")
     parser.add_argument("files", metavar="FILE", nargs="+", help="text, JSONL, folder, pattern; -: stdin")
     add = parser.add_argument
+    add_model_options(add)
+    add("--chat", action="store_true", help="conversations: what their answers cost, as in fine-tuning")
     add("--context", metavar="N", type=int, help="tokens per window (default: as it was trained)")
     add("--overlap", metavar="SHARE", type=float, default=0.5, help="of a window that was read before (default 0.5)")
     add("--batch-size", metavar="N", type=int, help=f"windows at once (default: about {TOKENS:,} tokens)")
@@ -50,27 +55,34 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate each file; returns 0. Raises CommandLineError before the model takes its time."""
     _check(args)
     from entrenar import kernels
-    from entrenar.cli.models import open_model
 
     kernels.keep_freed_memory()
-    opened = open_model(args.model, warn=lambda text: print(f"entrenar eval: {text}", file=sys.stderr))
-    limit = opened.model.config.max_position_embeddings
-    context = args.context or opened.context
+    found = opened(args, NAME)
+    limit = found.model.config.max_position_embeddings
+    context = args.context or found.context
     if context > limit:
         raise CommandLineError(f"--context {context}: this model reads at most {limit:,} tokens at once")
+    if len(found.turns) > 1 and "-" in args.files:
+        raise CommandLineError("-: standard input can be read once only, and several adapters are to read it")
+    settings: dict[str, Any] = {"context": context} | ({} if args.chat else {"overlap": args.overlap})
     batch_size = args.batch_size or max(1, TOKENS // context)
-    scores = []
-    for name in args.files:
-        scores.append(score(opened, name, context=context, overlap=args.overlap, batch_size=batch_size,
-                            skip_bad=args.skip_bad))  # fmt: skip
-        if not args.json:
-            tell(scores[-1])
-    together = total(scores)
+    read: Callable[..., Score | ChatScore] = score_chats if args.chat else score
+    told = []
+    for turn in found.turns:
+        found.use(turn)
+        by = {"adapter": turn or OFF} if found.tuned else {}
+        scores: list[Any] = []
+        for name in args.files:
+            scores.append(read(found, name, **settings, batch_size=batch_size, skip_bad=args.skip_bad))
+            if not args.json:
+                tell(scores[-1], by)
+        together = scores[0].together(scores)
+        told.append({**by, **together.numbers(), "files": [s.numbers() for s in scores]})
+        if len(scores) > 1 and not args.json:
+            tell(together, by)
     if args.json:
-        settings = {"model": str(opened.folder), "context": context, "overlap": args.overlap}
-        print(json.dumps({**settings, **together.numbers(), "files": [s.numbers() for s in scores]}))
-    elif len(scores) > 1:
-        tell(together)
+        whole = told[0] if len(told) == 1 else {"adapters": told}
+        print(json.dumps({"model": str(found.folder), **settings, **whole}))
     return 0
 
 
@@ -122,6 +134,17 @@ class Score:
             "tokens_per_second": self.tokens / self.seconds,
         }
 
+    def about(self) -> str:
+        documents = f"{self.documents:,} document{'' if self.documents == 1 else 's'}"
+        return f"{self.bytes:,} bytes in {documents}, {self.tokens:,} tokens"
+
+    @staticmethod
+    def together(scores: Sequence[Score]) -> Score:
+        """All of them, as if the costs had been one text's."""
+        parts = zip(*((s.nats, s.tokens, s.bytes, s.words, s.documents, s.seconds) for s in scores), strict=True)
+        nats, tokens, size, words, count, seconds = map(sum, parts)
+        return Score("together" if len(scores) > 1 else scores[0].source, nats, tokens, size, words, count, seconds)
+
 
 def score(opened: Opened, source: str, *, context: int, overlap: float, batch_size: int,
           skip_bad: bool = False) -> Score:  # fmt: skip
@@ -132,7 +155,7 @@ def score(opened: Opened, source: str, *, context: int, overlap: float, batch_si
     from entrenar.formats import FormatError
     from entrenar.training.evaluate import evaluate, stride_of
 
-    text = read(opened, source, skip_bad=skip_bad)
+    text = whole_text(opened, source, skip_bad=skip_bad)
     first = opened.begin[0] if opened.begin else opened.tokenizer.end_id
     with Progress(source, len(text.tokens)) as progress:
         seen = evaluate(opened.model, text.tokens, first=first, context=context, stride=stride_of(context, overlap),
@@ -152,7 +175,7 @@ class Text:
     documents: int
 
 
-def read(opened: Opened, source: str, *, skip_bad: bool = False) -> Text:
+def whole_text(opened: Opened, source: str, *, skip_bad: bool = False) -> Text:
     """All documents of a source (data/corpus.py) as one row of tokens, an end token after each. Raises CorpusError."""
     from entrenar.data import CorpusError, find_sources
     from entrenar.data.documents import read_documents
@@ -169,24 +192,19 @@ def read(opened: Opened, source: str, *, skip_bad: bool = False) -> Text:
     return Text(np.concatenate(parts), size, words, count)
 
 
-def total(scores: list[Score]) -> Score:
-    """All of them together, as if the costs had been one text's."""
-    parts = zip(*((s.nats, s.tokens, s.bytes, s.words, s.documents, s.seconds) for s in scores), strict=True)
-    nats, tokens, size, words, count, seconds = map(sum, parts)
-    return Score("together" if len(scores) > 1 else scores[0].source, nats, tokens, size, words, count, seconds)
+def tell(score: Score | ChatScore, by: Mapping[str, Any]) -> None:
+    """The numbers on standard output: a small table on a terminal, one line of key=value pairs elsewhere.
 
-
-def tell(score: Score) -> None:
-    """The numbers on standard output: a small table on a terminal, one line of key=value pairs elsewhere."""
+    by   {"adapter": its name}, where there are adapters
+    """
     n = score.numbers()
     if not sys.stdout.isatty():
-        values = (f"{name}={_plain(value)}" for name, value in n.items())
+        values = (f"{name}={_plain(value)}" for name, value in {**by, **n}.items())
         print(" ".join(values), flush=True)
         return
-    documents = f"{score.documents:,} document{'' if score.documents == 1 else 's'}"
-    print(paint(visible(score.source), "bold"), f" {score.bytes:,} bytes in {documents}, {score.tokens:,} tokens, "
-          f"{score.seconds:,.1f} s, {n['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
-    for name in ("bits_per_byte", "loss", "perplexity", "perplexity_per_word", "perplexity_per_byte"):
+    title = visible(score.source) + "".join(f", {name} {value}" for name, value in by.items())
+    print(paint(title, "bold"), f" {score.about()}, {score.seconds:,.1f} s, {n['tokens_per_second']:,.0f} tokens/s")
+    for name in (label for label in LABELS if label in n):
         print(f"  {LABELS[name]:<36} {_number(n[name])}")
     sys.stdout.flush()
 
@@ -208,35 +226,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, str):
         return shlex.quote(value)
     return "inf" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-class Progress:
-    """A bar on stderr where that is a terminal, nothing elsewhere: `with Progress(...) as p: p(done, total)`."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.drawn = what, total, 0.0
-        self.bar: Any = None
-        self.task: Any = None
-
-    def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            name = TextColumn("{task.description}", markup=False)
-            self.bar = Bar(name, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), transient=True,
-                           console=Console(stderr=True), auto_refresh=False)  # fmt: skip
-            self.bar.start()
-            self.task = self.bar.add_task(visible(self.what), total=self.total)
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if self.bar is not None and (done == self.total or now - self.drawn > 0.1):  # drawing takes time too
-            self.bar.update(self.task, completed=done, refresh=True)
-            self.drawn = now
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()

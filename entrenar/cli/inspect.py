@@ -17,7 +17,7 @@ from entrenar.cli.tensors import grouped, table
 from entrenar.cli.terminal import facts, paint, visible
 
 NAME = "inspect"
-HELP = "say what a checkpoint, run, safetensors, GGUF or token file holds"
+HELP = "say what a run, model, adapter, GGUF or token file holds"
 EXAMPLE = """
 entrenar inspect runs/notes
 entrenar inspect model.gguf --all

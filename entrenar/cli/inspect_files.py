@@ -48,6 +48,7 @@ def look_at_file(path: Path) -> Found:
 
 
 def safetensors_file(path: Path) -> Found:
+    from entrenar.cli.inspect_adapters import four_bits
     from entrenar.formats.safetensors import SafeTensors
 
     file = SafeTensors(path)
@@ -59,7 +60,13 @@ def safetensors_file(path: Path) -> Found:
 
         return read
 
-    weights = [Weight(e.name, e.shape, e.dtype, e.nbytes, blocks(e.name)) for e in in_order(file.entries.values())]
+    packed = four_bits(file)
+    parts = {part: name for name, (_, names) in packed.items() for part in names}
+    weights = [
+        packed[e.name][0] if e.name in packed else Weight(e.name, e.shape, e.dtype, e.nbytes, blocks(e.name))
+        for e in in_order(file.entries.values())
+        if parts.get(e.name, e.name) == e.name
+    ]
     return Found("safetensors", path, {f"metadata {name}": text for name, text in file.metadata.items()}, weights)
 
 
@@ -161,6 +168,8 @@ def json_file(path: Path) -> Found:
     content = read_object(path)
     if isinstance(content.get("weight_map"), dict):
         raise FormatError(f"{path}: the index of a model in several files; give the folder it lies in")
+    if "peft_type" in content:
+        raise FormatError(f"{path}: the configuration of an adapter; give the folder it lies in")
     if "model_type" in content:
         return Found("model configuration", path, content)
     raise FormatError(f"{path}: JSON, but no tokenizer.json and no model's config.json")

@@ -1,14 +1,17 @@
-"""The kinds of folders `entrenar inspect` knows, by the files in them: models, checkpoints, runs, prepared data."""
+"""The kinds of folders `entrenar inspect` knows, by the files in them: models, adapters, checkpoints, runs, prepared
+data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from entrenar.cli.adapters import below, is_adapter
 from entrenar.cli.found import SHOWN, Found
+from entrenar.cli.inspect_adapters import adapter_facts, stored_in_four_bits
 from entrenar.cli.inspect_files import look_at_file
 from entrenar.cli.terminal import clipped
 from entrenar.formats import FormatError
@@ -28,28 +31,47 @@ def look(path: Path) -> Found:
         return run_folder(path)
     if (path / "facts.json").is_file():
         return prepared(path)
+    if is_adapter(path):
+        return adapter_folder(path)
     if (path / "config.json").is_file() or any(path.glob("*.safetensors")):
         return model_folder(path)
     raise FormatError(f"{path}: neither a run's folder (metrics.jsonl), nor a checkpoint ({STATE}), nor a model's "
-                      "folder (config.json, model.safetensors)")  # fmt: skip
+                      "folder (config.json, model.safetensors), nor an adapter's (adapter_config.json)")  # fmt: skip
 
 
 def model_folder(path: Path) -> Found:
     """A model as Hugging Face keeps it, in one file or several."""
-    from entrenar.data import TokenizerError
-
     found = Found("model in Hugging Face's layout", path)
     if (path / "config.json").is_file():
         found.facts |= shape_of(path / "config.json")
     else:
         found.problems.append("config.json is missing")
-    tokenizers = [file for name in ("tokenizer.json", "tokenizer.model") if (file := path / name).is_file()]
-    for file in (*weight_files(path, found.problems), *tokenizers[:1]):
+    look_inside(found, weight_files(path, found.problems))
+    if (path / "config.json").is_file():
+        from entrenar.formats.strict_json import read_object
+
+        found.facts |= stored_in_four_bits(found, read_object(path / "config.json").get("quantization_config"))
+    return found
+
+
+def adapter_folder(path: Path) -> Found:
+    """An adapter as PEFT keeps it. Raises FormatError where it is none that can be read."""
+    facts, problems = adapter_facts(path)
+    found = Found("adapter", path, facts, problems=problems)
+    look_inside(found, sorted(path.glob("*.safetensors")))
+    return found
+
+
+def look_inside(found: Found, files: Iterable[Path]) -> None:
+    """These files, and the tokenizer beside them."""
+    from entrenar.data import TokenizerError
+
+    tokenizers = [file for name in ("tokenizer.json", "tokenizer.model") if (file := found.path / name).is_file()]
+    for file in (*files, *tokenizers[:1]):
         try:
             found.below.append(look_at_file(file))
         except (FormatError, TokenizerError) as error:  # the others are shown all the same
-            found.problems.append(str(error).removeprefix(f"{path}/"))
-    return found
+            found.problems.append(str(error).removeprefix(f"{found.path}/"))
 
 
 def weight_files(path: Path, problems: list[str]) -> list[Path]:
@@ -104,13 +126,15 @@ def checkpoint(path: Path) -> Found:
     from entrenar.formats.strict_json import read_object
     from entrenar.training.checkpoint import OPTIMIZER, CheckpointError, read_sums, verify
 
-    found = model_folder(path)
-    found.kind = "checkpoint"
+    found = adapter_folder(path) if is_adapter(path) else model_folder(path)
+    found.kind = f"checkpoint of an {found.kind}" if is_adapter(path) else "checkpoint"
     for part in found.below:
         part.aside = part.path.name == OPTIMIZER
     state = read_object(path / "state.json")
     told = {name: state[name] for name in ("step", "steps", "tokens", "seconds") if name in state}
-    found.facts = told | found.facts
+    storage = below(state, "config", "base", "storage")
+    held = {"held as": storage} if isinstance(storage, str) and storage != "auto" else {}
+    found.facts = told | found.facts | held
     try:
         verify(path)
         found.facts["hashes"] = f"all {len(read_sums(path))} files are what was written"
@@ -160,7 +184,10 @@ def story(metrics: Path) -> dict[str, Any]:
     if step:
         told["steps"] = f"{step.get('step')} of {step.get('steps')}, the last with loss {rounded(step.get('loss'))}"
     if seen:
-        told["held out"] = f"{rounded(seen.get('bits_per_byte'))} bits per byte at step {seen.get('step')}"
+        bits = seen.get("bits_per_byte")
+        told["held out"] = (
+            f"{rounded(seen.get('loss'))} nats per trained token" if bits is None else f"{rounded(bits)} bits per byte"
+        ) + f" at step {seen.get('step')}"
     if "end" in last:
         told["ended"] = f"stopped: {last['end']['stopped']}" if last["end"].get("stopped") else "done"
     elif "error" in last:

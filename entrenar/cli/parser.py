@@ -61,6 +61,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, **({"width": WIDTH, "max_help_position": 26} | settings))
 
+    def add_argument(self, action: argparse.Action) -> None:
+        if not getattr(action, "told_beside", False):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        more = [super(HelpFormatter, self)._format_action_invocation(each) for each in getattr(action, "beside", ())]
+        return ", ".join([super()._format_action_invocation(action), *more])
+
     def add_usage(self, usage: str | None, *rest: Any, **settings: Any) -> None:
         if usage is not None:
             whole = re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\0"), f"usage: {usage}")
@@ -74,6 +82,13 @@ def verb_parser(name: str, module: Any, make: Callable[..., Parser] = Parser) ->
     parser = make(prog=f"entrenar {name}", description=module.HELP, epilog=examples(module.EXAMPLE))
     module.add_arguments(parser)
     return parser
+
+
+def told_together(action: argparse.Action, *others: argparse.Action) -> None:
+    """In the help, let the others stand on the first one's line; its own words are then for all."""
+    action.beside = others  # type: ignore[attr-defined]
+    for other in others:
+        other.told_beside = True  # type: ignore[attr-defined]
 
 
 def examples(lines: str) -> str:

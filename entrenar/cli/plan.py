@@ -12,6 +12,7 @@ HELP = "say what a run would need: every buffer, the peak, and whether it fits"
 EXAMPLE = """
 entrenar plan examples/llama2/configs/124m.toml
 entrenar plan --model.hidden_size 512 --training.batch_size 4
+entrenar plan --base.model llama/ --base.storage nf4 --data.source chats.jsonl
 """
 
 
@@ -24,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from entrenar.cli.parser import CommandLineError
-    from entrenar.training.config import read_config
-    from entrenar.training.plan import make_plan, render
+    from entrenar.training.config import kind_of, read_config
+    from entrenar.training.job import plan_of
+    from entrenar.training.plan import render
 
     if args.file and args.config:
         raise CommandLineError(f"{args.file} and --config {args.config}: one configuration is wanted; leave one out")
-    plan = make_plan(read_config(args.file or args.config, args.overrides))
+    file = args.file or args.config
+    plan = plan_of(read_config(file, args.overrides, kind_of(file, args.overrides)))
     print(json.dumps({**plan.summary(), "fits": plan.fits}) if args.json else render(plan))
     return 0

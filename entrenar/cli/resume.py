@@ -24,14 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument_group("what may change on the way", MAY_CHANGE)
 
 
-def changeable() -> set[str]:
-    """The options a run may go on with other values of: "training.steps"."""
-    from entrenar.training import job
-    from entrenar.training.config import options
-
-    return {option.full_name for option in options() if job.may_change(option.full_name)}
-
-
 def run(args: argparse.Namespace) -> int:
     from entrenar.training.job import resume
 

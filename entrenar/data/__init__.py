@@ -1,6 +1,6 @@
 """Text on its way to the model: corpora, tokenizers, a prepared and cached corpus, batches."""
 
-from entrenar.data.batches import IGNORE, Batches, batched, evaluation_windows
+from entrenar.data.batches import IGNORE, Batch, Batches, batched, evaluation_windows
 from entrenar.data.corpus import CorpusError, find_sources
 from entrenar.data.documents import read_documents
 from entrenar.data.prepared import Facts, Prepared, bits_per_byte, load_prepared
@@ -19,6 +19,7 @@ __all__ = [
     "END",
     "IGNORE",
     "BPETokenizer",
+    "Batch",
     "Batches",
     "ByteTokenizer",
     "CorpusError",

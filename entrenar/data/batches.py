@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,24 @@ from entrenar.data.tokenfile import forget
 
 IGNORE = -100  # a target that counts for nothing
 FORGET_AFTER = 256  # windows: each brings in up to 64 kB of a mapped file, so that 16 MB of it are in memory at most
+
+
+class Batch(NamedTuple):
+    """A micro-batch: what goes in, what shall come out, and in which documents.
+
+    ids       (B, T) integers
+    targets   (B, T) the token after each, IGNORE where it counts for nothing
+    starts    (B, T) where in its row each token's document begins; none: every row is one document
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    starts: np.ndarray | None = None
+
+    @property
+    def trained(self) -> int:
+        """How many targets count."""
+        return int((self.targets != IGNORE).sum())
 
 
 class Batches:

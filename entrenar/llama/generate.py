@@ -1,6 +1,7 @@
 """Generation: one token at a time, each read once, its keys and values kept in a cache.
 
-Knows tokens only: text, stop strings and streaming are cli/generate.py's.
+A `Reader` keeps them from one text to the next, too: of a conversation only what is new is read. Knows tokens only:
+text, stop strings and streaming are cli/writing.py's.
 """
 
 # V vocabulary
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,12 +61,13 @@ class Sampling:
 
 def generate(model: Llama, ids: Sequence[int] | np.ndarray, *, max_new_tokens: int, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-             rng: np.random.Generator | None = None, stop: Collection[int] = (),
-             use_cache: bool = True) -> Iterator[int]:  # fmt: skip
+             rng: np.random.Generator | None = None, stop: Collection[int] = (), use_cache: bool = True,
+             reader: Reader | None = None) -> Iterator[int]:  # fmt: skip
     """Yield tokens that continue `ids`, one by one, each chosen from the model's prediction as `Sampling` says.
 
     Ends after `max_new_tokens`, after a token in `stop` (which is yielded), or when the model's context
     (max_position_embeddings) is full. `use_cache=False` reads everything again for each token: slower, same tokens.
+    A `reader` of this model reads no more of `ids` than differs from what it read before.
 
     Raises ValueError, at once, for a setting out of its range and for a prompt that is empty, has an id that is not
     in the vocabulary, or leaves no room in the context.
@@ -76,7 +78,11 @@ def generate(model: Llama, ids: Sequence[int] | np.ndarray, *, max_new_tokens: i
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens = {max_new_tokens}: wanted at least 0")
     rng = np.random.default_rng(0) if rng is None else rng
-    return _continue(model, text, how, rng, max_new_tokens, stop, use_cache)
+    room = min(max_new_tokens, model.config.max_position_embeddings - len(text))
+    if use_cache:
+        reader = reader or Reader(model, capacity=len(text) + room)
+        return _continue(reader.last_logits, text, how, rng, room, stop)
+    return _continue(lambda ids: _last_logits(model, ids, None), text, how, rng, room, stop)
 
 
 def sample(logits: np.ndarray, rng: np.random.Generator, *, temperature: float = 1.0, top_k: int = 0,
@@ -139,22 +145,47 @@ def _min_p(p: np.ndarray, share: float) -> np.ndarray:
     return p >= share * p.max()
 
 
-def _continue(model: Llama, text: list[int], how: Sampling, rng: np.random.Generator, max_new_tokens: int,
-              stop: Collection[int], use_cache: bool) -> Iterator[int]:  # fmt: skip
-    room = min(max_new_tokens, model.config.max_position_embeddings - len(text))
-    cache = None
-    if use_cache:
-        cache = KVCache(model.config, capacity=len(text) + room, dtype=model.head_weight.dtype)
-    unread = text
+class Reader:
+    """A model and the text it has read last, with its keys and values: the next text is read from where it differs.
+
+    The weights must stay what they were: an adapter that is switched on or off asks for another reader.
+
+    read   how many tokens were read so far, in all
+    """
+
+    def __init__(self, model: Llama, *, capacity: int = 0) -> None:
+        self.model, self.ids, self.read = model, list[int](), 0
+        self.cache = KVCache(model.config, capacity=capacity, dtype=model.head_weight.dtype)
+
+    def last_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """The prediction (V,) of what follows ids (n,), n > 0."""
+        known = min(_common(self.ids, ids), len(ids) - 1)  # the last is read again, if need be, for its logits
+        if len(ids) > self.cache.capacity:
+            most = self.model.config.max_position_embeddings
+            self.cache = self.cache.grown(min(most, max(len(ids), 2 * self.cache.capacity, 256)))
+        del self.ids[known:]
+        self.cache.length = known  # here, not in the end: Ctrl-C may come at any time
+        logits = _last_logits(self.model, ids[known:], self.cache)
+        self.ids += ids[known:]
+        self.read += len(ids) - known
+        return logits
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    if a == b[: len(a)]:
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _continue(read: Callable[[list[int]], np.ndarray], text: list[int], how: Sampling, rng: np.random.Generator,
+              room: int, stop: Collection[int]) -> Iterator[int]:  # fmt: skip
     for _ in range(room):
-        with no_grad():  # not around the yield: the caller's code is not ours to switch off
-            logits = _last_logits(model, unread, cache)
-        token = _draw(logits, how, text, rng)
+        token = _draw(read(text), how, text, rng)
         yield token
         if token in stop:
             return
         text.append(token)
-        unread = [token] if use_cache else text
 
 
 def _draw(logits: np.ndarray, how: Sampling, seen: Sequence[int], rng: np.random.Generator) -> int:
@@ -170,8 +201,9 @@ def _penalized(z: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray
 
 
 def _last_logits(model: Llama, ids: Sequence[int], cache: KVCache | None) -> np.ndarray:
-    last = model.hidden(np.array([ids]), cache)[0, -1:]  # (1, C): the head reads one row, not all
-    return model.logits(last).data[0]
+    with no_grad():  # not around a yield: the caller's code is not ours to switch off
+        last = model.hidden(np.array([ids]), cache)[0, -1:]  # (1, C): the head reads one row, not all
+        return model.logits(last).data[0]
 
 
 def _check_prompt(ids: Sequence[int], vocab_size: int, context: int) -> None:

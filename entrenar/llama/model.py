@@ -64,6 +64,13 @@ class KVCache:
         self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
         self.length, self.capacity = 0, capacity
 
+    def grown(self, capacity: int) -> KVCache:
+        """A copy with more room behind what is there."""
+        grown = KVCache.__new__(KVCache)
+        grown.length, grown.capacity = self.length, capacity
+        grown.keys, grown.values = (_with_room(part, self.length, capacity) for part in (self.keys, self.values))
+        return grown
+
     def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Write k, v (B, T, KH, D) behind what is there; all keys and values so far, as views (B, S, KH, D)."""
         end = self.length + k.shape[1]
@@ -72,6 +79,13 @@ class KVCache:
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+def _with_room(part: np.ndarray, length: int, capacity: int) -> np.ndarray:
+    L, B, _, KH, D = part.shape
+    room = np.zeros((L, B, capacity, KH, D), part.dtype)
+    room[:, :, :length] = part[:, :, :length]
+    return room
 
 
 class Attention(Module):

@@ -1,5 +1,5 @@
-"""A folder in Hugging Face's layout into one that bitsandbytes quantized, weight by weight: neither the model nor the
-result is ever in memory as a whole."""
+"""A folder in Hugging Face's layout into one that bitsandbytes quantized, or one in bfloat16, weight by weight: neither
+the model nor the result is ever in memory as a whole."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from entrenar.files import new_folder
 from entrenar.formats import FormatError
 from entrenar.formats.safetensors import SafeTensors
-from entrenar.kernels.packed import TABLES
+from entrenar.kernels.packed import TABLES, Packed
 from entrenar.llama.config import LlamaConfig
 from entrenar.llama.model import Llama
-from entrenar.llama.packed import LAYER, STORED, Group
+from entrenar.llama.packed import LAYER, STORED, Group, group_of
 from entrenar.llama.pretrained import (
     CONFIG,
     GENERATION,
@@ -34,26 +36,29 @@ BESIDE = ("*.jinja", "additional_chat_templates/*.jinja", "tokenizer*", "special
           "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", GENERATION)  # fmt: skip
 SHARD = 500 * 10**6  # bytes of a file of the result, which is in memory until it is written
 Progress = Callable[[int, int], None]
+Look = Callable[[str, np.ndarray, Packed], None]
 
 
 def quantize_folder(folder: str | Path, out: str | Path, kind: str = "nf4", *, block: int = 64,
                     double_quant: bool = True, max_shard_size: int = SHARD,
-                    progress: Progress = lambda done, total: None) -> Path:  # fmt: skip
+                    progress: Progress = lambda done, total: None,
+                    look: Look = lambda name, array, packed: None) -> Path:  # fmt: skip
     """Write the model in `folder` as `out`, the layers of its blocks in 4 bits; all of it, or nothing.
 
-    kind             "nf4" or "fp4"
+    kind             "nf4" or "fp4"; or "bfloat16": all of it, not the layers alone
     block            values that share a scale
     double_quant     the scales in 8 bits
     max_shard_size   bytes of one file of the result: so much is held in memory, and one weight
     progress         is told after each weight how many values are done, and how many there are
+    look             is shown each weight that is packed, before and after
 
     Everything else stays as the file has it; configuration and tokenizer are copied. Raises FormatError for a model
     that cannot be read, or is quantized already, QuantizeError for weights that are not finite, FileExistsError where
     `out` is there and not empty, OSError where the disk refuses.
     """
     folder, out = Path(folder), Path(out)
-    if kind not in TABLES:
-        raise ValueError(f"quantize_folder: kind = {kind!r}: wanted {' or '.join(TABLES)}")
+    if kind not in (*TABLES, "bfloat16"):
+        raise ValueError(f"quantize_folder: kind = {kind!r}: wanted {' or '.join((*TABLES, 'bfloat16'))}")
     check_new(out)
     values = config_values(folder)
     config = LlamaConfig.from_dict(values, where=str(folder / CONFIG))
@@ -66,10 +71,9 @@ def quantize_folder(folder: str | Path, out: str | Path, kind: str = "nf4", *, b
             own = dict(Llama(config).named_parameters())
         check_tensors(folder, config, own, files, {})
         temporary = opened.enter_context(new_folder(out))
-        groups = _groups({name: files[name] for name in own}, kind, block, double_quant, progress)
+        groups = _groups({name: files[name] for name in own}, kind, block, double_quant, progress, look)
         write_shards(temporary, groups, max_shard_size)
-        settings = bitsandbytes.config(kind, double_quant=double_quant, dtype=_compute_dtype(values))
-        write_json(temporary / CONFIG, values | {"quantization_config": settings})
+        write_json(temporary / CONFIG, values | _said(values, kind, double_quant))
         for file in sorted({file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()}):
             target = temporary / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
@@ -78,15 +82,24 @@ def quantize_folder(folder: str | Path, out: str | Path, kind: str = "nf4", *, b
 
 
 def _groups(files: Mapping[str, SafeTensors], kind: str, block: int, double_quant: bool,
-            progress: Progress) -> Iterator[Group]:  # fmt: skip
+            progress: Progress, look: Look) -> Iterator[Group]:  # fmt: skip
     """Each weight as it is to be written. What was read of the files is let go again and again: what stays as it is
     will be read only when it is written."""
     total, done = sum(file.entries[name].size for name, file in files.items()), 0
     as_they_are: list[str] = []
     for name, file in files.items():
         array = file[name]
-        if LAYER.fullmatch(name):
+        if kind == "bfloat16" and array.ndim == 2:
+            packed = quantize(array, kind, name=name)
+            look(name, array, packed)
+            file.release(name)
+            yield group_of(name, packed, kind)
+        elif kind == "bfloat16":
+            yield Group({name: array}, {name: STORED[kind]})
+            as_they_are.append(name)
+        elif LAYER.fullmatch(name):
             packed = quantize(array, kind, block=block, double_quant=double_quant, name=name)
+            look(name, array, packed)
             dtype = array.dtype.name if array.dtype.name in STORED else "float32"
             file.release(name)
             yield Group(bitsandbytes.parts(name, packed, dtype=dtype), {})
@@ -97,6 +110,13 @@ def _groups(files: Mapping[str, SafeTensors], kind: str, block: int, double_quan
             files[each].release(each)
         done += array.size
         progress(done, total)
+
+
+def _said(values: Mapping[str, Any], kind: str, double_quant: bool) -> dict[str, Any]:
+    """What config.json says of the weights."""
+    if kind == "bfloat16":
+        return {"torch_dtype": kind} | ({"dtype": kind} if "dtype" in values else {})
+    return {"quantization_config": bitsandbytes.config(kind, double_quant=double_quant, dtype=_compute_dtype(values))}
 
 
 def _compute_dtype(values: Mapping[str, Any]) -> str:

@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from entrenar.observe import charts
 from entrenar.observe.charts import Chart, Level, Line, even, scale_for
 from entrenar.observe.page import size
-from entrenar.observe.record import Record, finite, table
+from entrenar.observe.record import BITS, NATS, Record, finite, table
 from entrenar.observe.series import Column, smooth
+
+UNITS = {BITS: "bits per byte", NATS: "nats per trained token"}
+HELD_OUT = {BITS: "text", NATS: "conversations"}
+LOOKS = {"before": "xz"}  # the style a level is drawn in, where it has none of its own
 
 
 def curves(record: Record) -> str:
@@ -22,11 +26,11 @@ def curves(record: Record) -> str:
 
 
 def _loss(record: Record) -> str:
-    raw, held = record.series["bits_per_byte"].columns(), record.held_out.columns()
+    raw, held = record.course.columns(), record.held_out.columns()
     if not raw and not held:
         return ""
     fine = smooth(raw)
-    levels = [Level(name, name, bits) for name, bits in record.levels()]
+    levels = [Level(name, LOOKS.get(name, name), height) for name, height in record.levels()]
     lines = [Line("training", "train", fine, raw=raw)] if raw else []
     lines += [Line("held out", "held", held, dots=True)] if held else []
     shown = [level.value for level in levels] + [c.mean for c in held]
@@ -34,10 +38,12 @@ def _loss(record: Record) -> str:
     legend = [_swatch("line train", "training", fine[-1].mean, ".3f")] if raw else []
     legend += [_swatch("line held", "held out", held[-1].mean, ".3f", dot=True)] if held else []
     legend += [_swatch(f"level {level.style}", level.name, level.value, ".3f") for level in levels]
-    told = [_course("Training", fine), _course("held-out text", held), _highest(raw, scale.high)]
-    told += [f"{level.name} reaches {level.value:.3f}" for level in levels]
+    told = [_course("Training", fine), _course(f"held-out {HELD_OUT[record.measure]}", held), _highest(raw, scale.high)]
+    told += [f"{level.name}: {level.value:.3f}" if record.measure == NATS else
+             f"{level.name} reaches {level.value:.3f}" for level in levels]  # fmt: skip
     about = "; ".join(part for part in told if part) + "."
-    return _figure(record, "loss", "Bits per byte", about, scale, lines, levels, legend, height=340, named=True)
+    title = UNITS[record.measure].capitalize()
+    return _figure(record, "loss", title, about, scale, lines, levels, legend, height=340, named=True)
 
 
 def _course(name: str, columns: Sequence[Column], form: Callable[[float], str] = "{:.3f}".format) -> str:

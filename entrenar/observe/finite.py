@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from entrenar import kernels
-from entrenar.data import IGNORE
+from entrenar.data import IGNORE, Batch
 from entrenar.llama import Llama
 from entrenar.nn import Module
 from entrenar.tensor import Op, Tensor, no_grad, watched
 
-Batch = tuple[np.ndarray, np.ndarray]
+Place = Callable[[int, int], str]  # row and time of a batch's token -> where it comes from, in words
 
 
 class NonFinite(ArithmeticError):
@@ -69,15 +69,10 @@ class FiniteWatch:
 
 @dataclass(frozen=True)
 class Replay:
-    """The micro-batches of the step that failed, and where each of their tokens came from.
-
-    starts   per micro-batch, per row: where in the training tokens its window began
-    place    that position in words: a file, a document
-    """
+    """The micro-batches of the step that failed, and for each the places its tokens came from."""
 
     micro_batches: Sequence[Batch]
-    starts: Sequence[Sequence[int]]
-    place: Callable[[int], str]
+    places: Sequence[Place]
 
 
 def explain(model: Llama, replay: Replay) -> str:
@@ -89,11 +84,11 @@ def explain(model: Llama, replay: Replay) -> str:
         if bad := int((~np.isfinite(tensor.data)).sum()):
             return f"the weights themselves are not finite: {name} has {bad:,} of {tensor.size:,} values"
     model.zero_grad()
-    tokens = sum(int((targets != IGNORE).sum()) for _, targets in replay.micro_batches)
-    for number, (ids, targets) in enumerate(replay.micro_batches):
+    tokens = sum(batch.trained for batch in replay.micro_batches)
+    for number, batch in enumerate(replay.micro_batches):
         try:
             with watched(FiniteWatch(model)), np.errstate(all="ignore"):
-                loss = model.loss(ids, targets, reduction="sum")
+                loss = model.loss(batch.ids, batch.targets, starts=batch.starts, reduction="sum")
                 # As the trainer scales it: gradients `tokens` times as large would overflow where the step's did not
                 loss.backward(np.full(loss.shape, 1 / max(1, tokens), loss.dtype))
         except NonFinite as found:
@@ -115,24 +110,23 @@ def first_nonfinite(array: np.ndarray) -> tuple[int, ...] | None:
 
 
 def _sentence(model: Llama, replay: Replay, number: int, found: NonFinite) -> str:
-    ids, targets = replay.micro_batches[number]
+    batch = replay.micro_batches[number]
     what = f"the first value that is not finite is {found.value}, made by {found.op} in {found.layer} ({found.way})"
-    at = _token(found, ids.shape)
+    at = _token(found, batch.ids.shape)
     if at is None and not found.shape and found.way == "forward":
-        at = _worst_token(model, ids, targets)  # of the loss, which is one number for all tokens
+        at = _worst_token(model, batch)  # of the loss, which is one number for all tokens
     if at is None:
         return f"{what}, in micro-batch {number + 1}"
     row, time = at
-    offset = replay.starts[number][row] + time
     return (
-        f"{what}, in micro-batch {number + 1}, row {row + 1}, token {time + 1} (id {int(ids[row, time])}): "
-        f"training token {offset:,}, {replay.place(offset)}"
+        f"{what}, in micro-batch {number + 1}, row {row + 1}, token {time + 1} (id {int(batch.ids[row, time])}): "
+        f"{replay.places[number](row, time)}"
     )
 
 
-def _token(found: NonFinite, batch: tuple[int, int]) -> tuple[int, int] | None:
+def _token(found: NonFinite, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """The row and time of a result's index, where the result has a row per token: (B, T, ...) or (B T, ...)."""
-    B, T = batch
+    B, T = shape
     if found.shape[:2] == (B, T):
         return found.index[0], found.index[1]
     if found.shape[:1] == (B * T,):
@@ -141,12 +135,12 @@ def _token(found: NonFinite, batch: tuple[int, int]) -> tuple[int, int] | None:
 
 
 @no_grad()
-def _worst_token(model: Llama, ids: np.ndarray, targets: np.ndarray) -> tuple[int, int] | None:
+def _worst_token(model: Llama, batch: Batch) -> tuple[int, int] | None:
     """The first token whose own loss is not finite."""
-    hidden = model.hidden(ids)
-    for row in range(len(ids)):
-        for time in range(ids.shape[1]):
-            target = int(targets[row, time])
+    hidden = model.hidden(batch.ids, starts=batch.starts)
+    for row in range(len(hidden)):
+        for time in range(hidden.shape[1]):
+            target = int(batch.targets[row, time])
             if target == IGNORE:
                 continue
             logits = model.logits(hidden[row, time : time + 1]).data[0].astype(np.float64)

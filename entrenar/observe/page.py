@@ -230,6 +230,8 @@ font:13.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",mo
 overflow-wrap:normal}
 pre.wrap{white-space:pre-wrap;overflow-wrap:anywhere}
 pre .prompt{color:var(--grey)}
+dl.answers{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:.4rem 0 1.6rem}
+dl.answers dt{color:var(--grey)}dl.answers dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 .scroll{overflow-x:auto;max-width:100%}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--blue);outline-offset:2px}

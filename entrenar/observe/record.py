@@ -23,7 +23,8 @@ from entrenar.observe.series import LARGEST, Series, column_of
 LONGEST_LINE = 1 << 20  # bytes; longer ones are not read as JSON
 LARGEST_FILE = 1 << 20  # bytes read of config.toml, and of sample.txt
 LARGEST_STEP = 10**15
-QUANTITIES = ("bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "memory")
+BITS, NATS = "bits_per_byte", "loss"  # what a run is measured by: a text by the first, answers by the second
+QUANTITIES = ("learning_rate", "grad_norm", "tokens_per_second", "memory")
 TOLD = ("start", "resume", "warning", "error", "end")  # events that are listed one by one
 MARKED = ("checkpoint", "resume", "warning", "error")  # events that are marked on the step axis
 
@@ -59,7 +60,9 @@ class Record:
     start, resumed        the first event, and the newest resume ({} where there is none)
     end, error            how it ended; None where the file does not say
     last, look            the newest step, and the newest look at held-out text ({} where there is none)
-    series, held_out      quantities over the steps; held-out bits per byte
+    measure               BITS or NATS: what the newest step has
+    series, held_out      quantities over the steps, the measure among them; the measure of what is held out
+    before                the first look, of a model that knew something before the run ({} where there is none)
     marks                 kind -> {column: step}: where on the step axis something happened
     seconds               in training, over all resumes
     config, defaults      options by section ({} where they are not known)
@@ -75,6 +78,7 @@ class Record:
         self.error: Event | None = None
         self.last: Event = {}
         self.look: Event = {}
+        self.before: Event = {}
         self.events: Ends[Event] = Ends(60, 40)
         self.samples: Ends[Event] = Ends(4, 2)
         self.kinds = dict.fromkeys(MARKED, 0)  # how many of each
@@ -93,9 +97,10 @@ class Record:
 
         # read twice, and the run may go on meanwhile: what is written after this moment does not count
         self._size = self.metrics.stat().st_size if self.metrics.is_file() else 0
+        self.measure = BITS
         last = self._last_step()
         self.last_step = last
-        self.series = {name: Series(last) for name in QUANTITIES}
+        self.series = {name: Series(last) for name in (self.measure, *QUANTITIES)}
         self.held_out = Series(last)
         self._read()
         self.config, self.defaults = self._config()
@@ -111,8 +116,15 @@ class Record:
         """A value of the configuration; None where it is not known."""
         return table(self.config.get(section)).get(name)
 
+    @property
+    def course(self) -> Series:
+        """The measure over the steps of training."""
+        return self.series[self.measure]
+
     def levels(self) -> list[tuple[str, float]]:
-        """What gzip and xz need for the held-out bytes, in bits per byte."""
+        """What to compare with: the bits per byte that gzip and xz need; the loss before fine-tuning."""
+        if self.measure == NATS:
+            return [("before", loss)] if (loss := finite(self.before.get(NATS))) else []
         told = table(self.start.get("data"))
         named = (("gzip", finite(told.get("gzip_bits"))), ("xz", finite(told.get("xz_bits"))))
         return [(name, bits) for name, bits in named if bits > 0]
@@ -123,6 +135,7 @@ class Record:
         for event in self._events():
             kind, step = event.get("event"), whole(event.get("step"))
             if kind == "step" and step is not None and step < limit:
+                self.measure = NATS if BITS in event and event[BITS] is None else BITS
                 return step
             if kind == "resume" and step is not None:
                 limit = min(limit, step + 1)
@@ -212,7 +225,9 @@ class Record:
             return
         self._looks_limit = step
         self.look = self.look or event
-        self.held_out.add(step, number(event.get("bits_per_byte")))
+        if step == 0 and event.get("whole"):
+            self.before = event
+        self.held_out.add(step, number(event.get(self.measure)))
 
     def _config(self) -> tuple[Event, Event]:
         """The configuration by sections, and the defaults where the start event has them."""

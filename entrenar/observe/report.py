@@ -6,19 +6,22 @@ files give the same bytes.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from entrenar.files import write_file
-from entrenar.observe.figures import curves
+from entrenar.observe.figures import HELD_OUT, UNITS, curves
 from entrenar.observe.page import details, document, duration, facts, large, moment, section, size, table, text
-from entrenar.observe.record import Event, Record, finite, whole
+from entrenar.observe.record import BITS, NATS, Event, Record, finite, whole
 from entrenar.observe.record import table as as_table
+from entrenar.observe.samples import samples
 from entrenar.observe.series import smooth
 
 FILE = "report.html"
+WERE = {"text": "was", "conversations": "were"}
 MOST_OPTIONS, MOST_BUFFERS = 200, 60  # rows shown of what a file may have any number of
 
 
@@ -42,7 +45,7 @@ def render_report(run: str | Path) -> str:
     content = (
         _top(record)
         + section("curves", "Curves", curves(record))
-        + section("samples", "What it wrote", _samples(record))
+        + section("samples", "What it wrote", samples(record))
         + section("memory-plan", "Memory: plan and measurement", _plan(record))
         + section("configuration", "Configuration", _configuration(record))
         + section("environment", "Machine and software", _environment(record))
@@ -58,9 +61,17 @@ def render_report(run: str | Path) -> str:
 
 
 def _title(record: Record) -> str:
+    if record.measure == NATS:
+        return f"{text(_base(record), 100)} learns to answer from {text(_subject(record), 100)}"
     begun = record.option("training", "start_from")
     verb = "goes on to learn" if isinstance(begun, str) and begun else "learns"
     return f"A LLaMA {verb} {text(_subject(record), 100)}"
+
+
+def _base(record: Record) -> str:
+    """The model that was fine-tuned, by the name people give it."""
+    name = record.option("base", "model")
+    return (name.rstrip("/").rpartition("/")[2] or name) if isinstance(name, str) and name else "A LLaMA"
 
 
 def _subject(record: Record) -> str:
@@ -87,7 +98,9 @@ def _top(record: Record) -> str:
 def _shape(record: Record) -> str:
     model = as_table(record.start.get("model"))
     parameters = whole(model.get("parameters"))
-    words = [f"{large(parameters)} parameters" if parameters else ""]
+    trained = whole(model.get("trained"))
+    share = f", {large(trained)} of them trained" if trained and parameters and trained != parameters else ""
+    words = [f"{large(parameters)} parameters{share}" if parameters else ""]
     shape = as_table(record.config.get("model")) | model
     for name, form in (("num_hidden_layers", "{:,} layers"), ("hidden_size", "{:,} wide"),
                        ("vocab_size", "vocabulary {:,}")):  # fmt: skip
@@ -123,16 +136,16 @@ def _steps(record: Record) -> int | None:
 
 
 def _reached(record: Record) -> str:
-    bits = finite(record.look.get("bits_per_byte"))
+    height, unit, what = finite(record.look.get(record.measure)), UNITS[record.measure], HELD_OUT[record.measure]
     levels = [f"{name} {value:.2f}" for name, value in record.levels()]
     beside = f" ({', '.join(reversed(levels))})" if levels else ""
-    if bits:
-        part = "text it never saw" if record.look.get("whole") else "a sample of text it never saw"
-        return f"<b>{bits:.2f} bits per byte</b> on {part}{beside}."
-    train = record.series["bits_per_byte"].columns()
+    if height:
+        part = f"{what} it never saw" if record.look.get("whole") else f"a sample of {what} it never saw"
+        return f"<b>{height:.2f} {unit}</b> on {part}{beside}."
+    train = record.course.columns()
     if train:
-        bits = smooth(train)[-1].mean
-        return f"<b>{bits:.2f} bits per byte</b> on its training text; held-out text was not read yet{beside}."
+        height = smooth(train)[-1].mean
+        return f"<b>{height:.2f} {unit}</b> on its training {what}; held-out {what} {WERE[what]} not read yet{beside}."
     return ""
 
 
@@ -174,20 +187,31 @@ Tile = tuple[str, str, str] | None
 
 
 def _tile_held_out(record: Record) -> Tile:
-    if not (bits := finite(record.look.get("bits_per_byte"))):
+    if not (height := finite(record.look.get(record.measure))):
         return None
+    if record.measure == NATS:
+        before = f"; {_perplexity(finite(record.before.get(NATS)))} before" if record.before else ""
+        return "Held out", f"{height:.3f} <small>nats/token</small>", f"perplexity {_perplexity(height)}{before}"
     size_read = whole(record.look.get("bytes"))
     part = "all" if record.look.get("whole") else "a sample of"
     more = f"{part} {size_read:,} bytes" if size_read is not None else ""
-    return "Held out", f"{bits:.3f} <small>bits/byte</small>", more
+    return "Held out", f"{height:.3f} <small>bits/byte</small>", more
 
 
 def _tile_training(record: Record) -> Tile:
-    columns = record.series["bits_per_byte"].columns()
+    columns = record.course.columns()
     if not columns:
         return None
+    if record.measure == NATS:
+        mean = smooth(columns)[-1].mean
+        return "Training", f"{mean:.3f} <small>nats/token</small>", f"perplexity {_perplexity(mean)}"
     bits, loss = smooth(columns)[-1].mean, finite(record.last.get("loss"))
     return "Training", f"{bits:.3f} <small>bits/byte</small>", f"last loss {loss:.3f} nats" if loss else ""
+
+
+def _perplexity(loss: float) -> str:
+    """Among how many equally likely tokens the model wavers."""
+    return f"{math.exp(min(loss, 700)):.4g}"
 
 
 def _tile_steps(record: Record) -> Tile:
@@ -200,11 +224,13 @@ def _tile_steps(record: Record) -> Tile:
 
 def _tile_tokens(record: Record) -> Tile:
     tokens = finite(record.last.get("tokens"))
-    whole_text = finite(as_table(record.start.get("data")).get("train_tokens"))
+    told = as_table(record.start.get("data"))
+    whole_text = finite(told.get("train_trained")) or finite(told.get("train_tokens"))
+    what = "trained tokens of the data" if "train_trained" in told else "training text"
     if not tokens:
         return None
     times = tokens / whole_text if whole_text else 0
-    more = f"{times:.2f} times the training text" if 0 < times < 10 else f"{times:,.0f} times the training text"
+    more = f"{times:.2f} times the {what}" if 0 < times < 10 else f"{times:,.0f} times the {what}"
     return "Tokens", large(tokens), more if times else ""
 
 
@@ -229,40 +255,6 @@ def _tile_memory(record: Record) -> Tile:
 
 def _difference(measured: float, planned: float) -> str:
     return f"{measured / planned - 1:+.1%}".replace("-", "−")
-
-
-# --- samples ------------------------------------------------------------------------------------------------
-
-
-def _samples(record: Record) -> str:
-    """The newest sample, and behind a click the earlier ones, from the first."""
-    oldest, newest = record.samples.in_order()
-    last = "".join(_sample_parts(newest[-1])).strip() if newest else ""
-    shown = _sample(newest[-1]) if newest else ""
-    if record.sample.strip() and record.sample.strip()[:1000] != last[:1000]:  # events are clipped, the file is not
-        shown = f'<pre class="wrap">{text(record.sample, 8000)}</pre>' + (f"\n{shown}" if shown else "")
-    earlier = [part for event in (*oldest, *newest[:-1]) if (part := _sample(event))]
-    if record.samples.left_out:
-        earlier.insert(len(oldest), f'<p class="small grey">{record.samples.left_out:,} more are in metrics.jsonl.</p>')
-    return shown + (details("Earlier samples", "\n".join(earlier)) if earlier else "")
-
-
-def _sample_parts(event: Event) -> tuple[str, str]:
-    """Prompt and continuation."""
-    prompt, written = event.get("prompt"), event.get("text")
-    prompt = prompt if isinstance(prompt, str) else ""
-    written = written if isinstance(written, str) else ""
-    return prompt, written.removeprefix(prompt)
-
-
-def _sample(event: Event) -> str:
-    prompt, written = _sample_parts(event)
-    if not prompt and not written:
-        return ""
-    step = whole(event.get("step"))
-    head = f"After step {step:,}" if step is not None else "At some step"
-    body = f'<span class="prompt">{text(prompt, 1500)}</span>{text(written, 5000)}'
-    return f'<h3>{head}</h3>\n<pre class="wrap">{body}</pre>'
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -374,7 +366,8 @@ def _data(record: Record) -> str:
         rows.append((name, ", ".join(parts)))
     size_read, tokens = finite(told.get("train_bytes")), finite(told.get("train_tokens"))
     rows.append(("Bytes per token", f"{size_read / tokens:.2f}" if size_read and tokens else ""))
-    rows += [(name, f"{bits:.3f} bits per held-out byte") for name, bits in record.levels()]
+    levels = record.levels() if record.measure == BITS else []
+    rows += [(name, f"{bits:.3f} bits per held-out byte") for name, bits in levels]
     known = {"source", "gzip_bits", "xz_bits", "skipped"}
     known |= {f"{side}_{what}" for side, _ in DATA for what in ("documents", "bytes", "tokens")}
     others = [(name, value) for name, value in told.items() if name not in known and value not in ("", None, [], {})]
@@ -424,10 +417,11 @@ def _event(event: Event) -> Sequence[str]:
 
 def _end(event: Event) -> str:
     seconds, bits = finite(event.get("seconds")), finite(event.get("held_out_bits_per_byte"))
+    loss = finite(event.get("held_out_loss"))
     parts = [
         f"stopped by {text(event['stopped'], 80)}" if event.get("stopped") else "all steps done",
         f"{duration(seconds)} in all" if seconds else "",
-        f"{bits:.4f} bits per held-out byte" if bits else "",
+        f"{bits:.4f} bits per held-out byte" if bits else f"held-out loss {loss:.4f}" if loss else "",
     ]
     return ", ".join(part for part in parts if part)
 
@@ -437,15 +431,30 @@ def _next(record: Record) -> str:
     config = shlex.quote(str(record.run / "config.toml"))
     steps = _steps(record) or record.last_step
     finished = record.end is not None and not record.end.get("stopped") and record.error is None
+    if record.measure == NATS:
+        base = record.option("base", "model")
+        full = record.option("adapter", "kind") == "full"
+        again = f"entrenar finetune --config {config}"
+        talking = [("talk to it", f"entrenar chat {run}")]
+        if isinstance(base, str) and not full:
+            talking = [
+                ("talk to it and its base", f"entrenar chat {shlex.quote(base)} --adapter {run} --compare"),
+                ("base and adapter as one plain model", f"entrenar merge {run} --out tuned"),
+            ]
+    else:
+        again = f"entrenar train --config {config}"
+        talking = [
+            ("let it write", f"entrenar generate {run} --prompt 'Once upon a time'"),
+            ("bits per byte on another text", f"entrenar eval {run} book.txt"),
+            ("a file for llama.cpp", f"entrenar export {run} --to gguf --out model.gguf"),
+        ]
     commands = [
         ("train on, for longer", f"entrenar resume {run} --training.steps {2 * max(1, steps)}")
         if finished
         else ("go on from the newest whole checkpoint", f"entrenar resume {run}"),
-        ("let it write", f"entrenar generate {run} --prompt 'Once upon a time'"),
-        ("bits per byte on another text", f"entrenar eval {run} book.txt"),
-        ("a file for llama.cpp", f"entrenar export {run} --to gguf --out model.gguf"),
+        *talking,
         ("look at the weights", f"entrenar inspect {run}"),
-        ("the same configuration again", f"entrenar train --config {config}"),
+        ("the same configuration again", again),
     ]
     rows = [f"<div><dt>{about}</dt><dd><code>{text(line, 1500)}</code></dd></div>" for about, line in commands]
     return f'<dl class="commands">{"".join(rows)}</dl>'

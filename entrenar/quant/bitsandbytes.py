@@ -71,6 +71,17 @@ def read(name: str, arrays: Arrays, shape: tuple[int, int], where: str) -> Store
         raise FormatError(f"{where}: {name}: as bitsandbytes stores it: {'; '.join(error.problems)}") from None
 
 
+def shape_of(name: str, arrays: Arrays, where: str) -> tuple[int, int]:
+    """What the parts of the weight `name` say its shape (O, I) is. Raises FormatError where they say none."""
+    try:
+        shape = _state({key.removeprefix(f"{name}."): array for key, array in arrays.items()})[1].get("shape")
+    except _Wrong as error:
+        raise FormatError(f"{where}: {name}: as bitsandbytes stores it: {'; '.join(error.problems)}") from None
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)):
+        raise FormatError(f"{where}: {name}: shape = {short(shape)}, wanted two numbers")
+    return shape[0], shape[1]
+
+
 class _Wrong(Exception):
     def __init__(self, *problems: str) -> None:
         self.problems = problems

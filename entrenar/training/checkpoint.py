@@ -4,6 +4,8 @@
     tokenizer.json  tokenizer_config.json  expect them
     optimizer.safetensors                  both moments of every weight
     state.json                             step, random state, place in the data, configuration
+                                           (a fine-tuning run has, instead of a model, an adapter as PEFT writes it:
+                                           adapter_model.safetensors  adapter_config.json)
     SHA256SUMS                             the hash of every other file: `sha256sum -c SHA256SUMS` checks them too
 
 A checkpoint is written under another name, synced to the disk and renamed: a folder with the right name is
@@ -13,6 +15,7 @@ to the one with the lowest held-out loss.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -33,8 +36,10 @@ from entrenar.llama.pretrained import read_config
 from entrenar.optim import AdamW
 
 NEWEST, BEST, STATE, SUMS = "checkpoint", "best", "state.json", "SHA256SUMS"
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL, ADAPTER, OPTIMIZER = "model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"
+TRAINED = (MODEL, ADAPTER)  # a checkpoint has one of them
 FORMAT = 2
+Write = Callable[[Path], None]
 STEP = re.compile(r"step-(\d{6,})")
 # Temporary names of files.py: `.<name>.<something>`
 LEFT = re.compile(r"\.(step-\d{6,}|checkpoint|best|config\.toml|sample\.txt|curve\.png|report\.html)\.")
@@ -45,14 +50,20 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What `load_checkpoint` found. The arrays are views of the mapped files: nothing is in memory yet."""
+class Saved:
+    """Where a run was: all but what it trained. The arrays are views of a mapped file: nothing is in memory yet."""
 
     folder: Path
-    config: LlamaConfig
-    weights: Mapping[str, np.ndarray]
     optimizer: Mapping[str, np.ndarray]
     state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint(Saved):
+    """A whole model, and where its run was."""
+
+    config: LlamaConfig
+    weights: Mapping[str, np.ndarray]
     tokenizer: Tokenizer
 
     def model(self, *, dtype: Any = np.float32, checkpointing: bool = False) -> Llama:
@@ -80,19 +91,31 @@ class OneByOne(Mapping[str, np.ndarray]):
         return len(self.file)
 
 
-def save_checkpoint(folder: str | Path, *, model: Llama, tokenizer: Tokenizer, state: dict[str, Any],
+def model_files(model: Llama, tokenizer: Tokenizer) -> Write:
+    """What writes a whole model, as Hugging Face's loaders expect it."""
+
+    def write(folder: Path) -> None:
+        safetensors.save(folder / MODEL, model.state_dict(), metadata={"format": "pt"})
+        _write(folder / "config.json", model.config.to_dict())
+        tokenizer.save(folder)
+
+    return write
+
+
+def save_checkpoint(folder: str | Path, *, write: Write, state: dict[str, Any],
                     optimizer: AdamW | None = None) -> Path:  # fmt: skip
-    """Write a whole checkpoint as `folder`, which must not hold one yet; `state` is anything JSON can say.
+    """Write a whole checkpoint as `folder`, which must not hold one yet.
+
+    write   puts what was trained into the folder it is given
+    state   anything JSON can say
 
     Raises FileExistsError where the folder is there and not empty, OSError where the disk refuses; in both
     cases nothing is left behind.
     """
     with new_folder(folder) as temporary:
-        safetensors.save(temporary / MODEL, model.state_dict(), metadata={"format": "pt"})
+        write(temporary)
         if optimizer is not None:
             safetensors.save(temporary / OPTIMIZER, optimizer.state_dict())
-        _write(temporary / "config.json", model.config.to_dict())
-        tokenizer.save(temporary)
         _write(temporary / STATE, {"format": FORMAT, **state})
         sums = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
@@ -101,26 +124,40 @@ def save_checkpoint(folder: str | Path, *, model: Llama, tokenizer: Tokenizer, s
 
 
 def load_checkpoint(folder: str | Path, *, check: bool = True) -> Checkpoint:
-    """Read a checkpoint, or the newest whole one of a run's folder.
+    """Read the checkpoint of a model, or the newest whole one of a run's folder.
 
     check   compare every file with the hash that was kept of it
     Raises CheckpointError where files are missing, changed or unreadable.
     """
+    saved = load_saved(folder, check=check)
+    with readable(saved.folder):
+        config = read_config(saved.folder)
+        weights = safetensors.SafeTensors(saved.folder / MODEL)
+        return Checkpoint(saved.folder, saved.optimizer, saved.state, config, weights, load_tokenizer(saved.folder))
+
+
+def load_saved(folder: str | Path, *, check: bool = True) -> Saved:
+    """The same of a checkpoint of anything, without what was trained."""
     folder = Path(folder)
     if not (folder / STATE).is_file() and saved_steps(folder):
         folder = newest(folder)
     if check:
         verify(folder)
-    try:
+    with readable(folder):
         state = read_object(folder / STATE)
         if state.get("format") != FORMAT:
             found = short(state.get("format"))
             raise CheckpointError(f"checkpoint {folder}: {STATE} has format {found}, this version reads {FORMAT}")
-        config = read_config(folder)
-        weights = safetensors.SafeTensors(folder / MODEL)
         moments = folder / OPTIMIZER
         optimizer = OneByOne(safetensors.SafeTensors(moments)) if moments.is_file() else {}
-        return Checkpoint(folder, config, weights, optimizer, state, load_tokenizer(folder))
+        return Saved(folder, optimizer, state)
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What cannot be read inside is the CheckpointError of a checkpoint in `folder`."""
+    try:
+        yield
     except FileNotFoundError as error:
         missing = Path(error.filename or STATE).name
         raise CheckpointError(f"checkpoint {folder}: {missing} is missing") from None
@@ -163,9 +200,9 @@ def read_sums(folder: Path) -> dict[str, str]:
     found = [re.fullmatch(r"([0-9a-f]{64})  ([A-Za-z0-9_-][A-Za-z0-9_.-]{,99})", line) for line in text.splitlines()]
     sums = {match[2]: match[1] for match in found if match}
     # what is there and has no hash could be anything: a SHA256SUMS that was cut at the end of a line
-    own = ("config.json", OPTIMIZER, "tokenizer.json", "tokenizer_config.json")
+    own = (*TRAINED, OPTIMIZER, "config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
     unlisted = [name for name in own if name not in sums and (folder / name).exists()]
-    if None in found or STATE not in sums or MODEL not in sums or unlisted:
+    if None in found or STATE not in sums or not any(name in sums for name in TRAINED) or unlisted:
         raise CheckpointError(f"checkpoint {folder}: {SUMS} is not what was written")
     return sums
 

@@ -1,6 +1,6 @@
 """Reading and writing the configuration of a run: TOML files, overrides, and what is said about bad ones.
 
-The options themselves are declared in options.py.
+Which options there are, each kind of run declares (options.py, finetune_options.py): a subclass of `Sections`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from entrenar.formats import FormatError, open_regular
-from entrenar.training.budget import seconds_of
-from entrenar.training.options import SECTIONS as SECTIONS
+from entrenar.training.finetune_options import FineTuning as FineTuning
+from entrenar.training.option import ConfigError as ConfigError
+from entrenar.training.option import Option as Option
+from entrenar.training.option import Places, Sections
+from entrenar.training.option import options as options
 from entrenar.training.options import Config as Config
-from entrenar.training.options import ConfigError as ConfigError
-from entrenar.training.options import Option as Option
-from entrenar.training.options import options as options
+
+Run = Config | FineTuning  # a run's options
+KINDS: tuple[type[Run], ...] = (Config, FineTuning)
 
 LIMIT = 1_000_000  # bytes of a file; all options together have some 3,000
 SHOWN = 20  # problems in one message
@@ -39,22 +42,30 @@ class Setting:
     is_text: bool = False  # from the command line: still to be parsed
 
 
-def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, str]] = ()) -> Config:
-    """The defaults, then the TOML file, then overrides ("section.key", "value"), checked together.
+S = TypeVar("S", bound=Run)
+
+
+@overload
+def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, str]] = ()) -> Config: ...
+@overload
+def read_config(file: str | Path | None, overrides: Iterable[tuple[str, str]], kind: type[S]) -> S: ...
+def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, str]] = (),
+                kind: Any = Config) -> Any:  # fmt: skip
+    """The defaults of a `kind` of run, then the TOML file, then overrides ("section.key", "value"), checked together.
 
     Raises ConfigError with every problem found, not only the first.
     """
     problems: list[str] = []
-    settings = _from_file(Path(file), problems) if file is not None else []
+    settings = _from_file(Path(file), kind, problems) if file is not None else []
     for name, value in overrides:
         section, _, key = name.partition(".") if "." in name else ("", "", name)
         settings.append(Setting(f"--{name} {value}", section, key, value, is_text=True))
 
-    config, places, known = Config(), {}, {o.full_name: o for o in options()}
+    config, places, known = kind(), {}, {o.full_name: o for o in options(kind)}
     for s in settings:
         option = known.get(f"{s.section}.{s.name}")
         if option is None:
-            way_out = f"; {_nearest(s, known)}" if len(problems) < SHOWN else ""
+            way_out = f"; {_nearest(s, known, kind)}" if len(problems) < SHOWN else ""
             problems.append(f"{s.where}: no such option{way_out}")
             continue
         try:
@@ -62,7 +73,9 @@ def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, s
             places[option.full_name] = s.where
         except ValueError as error:
             problems.append(f"{s.where}: wanted {error}")
-    problems += _contradictions(config, places, f"{file}: " if file is not None else "") if not problems else []
+    if not problems:
+        at = Places(config, places, f"{file}: " if file is not None else "")
+        problems = [_cut(problem, 10 * LONGEST) for problem in config.contradictions(at)]
     if problems:
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
         more = [f"... and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
@@ -70,7 +83,24 @@ def read_config(file: str | Path | None = None, overrides: Iterable[tuple[str, s
     return config
 
 
-def _from_file(path: Path, problems: list[str]) -> list[Setting]:
+def kind_of(file: str | Path | None, overrides: Iterable[tuple[str, str]] = ()) -> type[Run]:
+    """Whose options a file and overrides are: those of the first kind of run that has a section of theirs to itself.
+
+    A file that cannot be read is of the first kind: `read_config` says what is wrong with it.
+    """
+    sections = {name.partition(".")[0] for name, _ in overrides}
+    if file is not None:
+        settings = _from_file(Path(file), Config, problems=[])
+        sections |= {setting.section for setting in settings}
+    return next((kind for kind in KINDS if sections & _own(kind)), Config)
+
+
+def _own(kind: type[Sections]) -> set[str]:
+    """The sections that no other kind of run has."""
+    return set(kind.SECTIONS).difference(*(other.SECTIONS for other in KINDS if other is not kind))
+
+
+def _from_file(path: Path, kind: type[Sections], problems: list[str]) -> list[Setting]:
     try:
         text = _text(path)
         content = tomllib.loads(text)
@@ -89,7 +119,7 @@ def _from_file(path: Path, problems: list[str]) -> list[Setting]:
         if not isinstance(values, dict):
             settings.append(Setting(_place(path, lines, "", section, values), "", section, values))
             continue
-        if section not in SECTIONS and not values:
+        if section not in kind.SECTIONS and not values:
             line = lines.get((section, ""), "?")
             settings.append(Setting(f"{path} line {line}: [{_cut(section)}]", section, "", None))
         for name, value in values.items():
@@ -153,8 +183,11 @@ def _line_numbers(text: str) -> dict[tuple[str, str], int]:
     return found
 
 
-def _nearest(s: Setting, known: Mapping[str, Option]) -> str:
+def _nearest(s: Setting, known: Mapping[str, Option], kind: type[Sections]) -> str:
     """A way out for an unknown name: its other section, the nearest name, or where to look."""
+    for other in KINDS:
+        if s.section in _own(other) and other is not kind:
+            return f"that is an option of `entrenar {other.VERB}`"
     asked = f"{s.section}.{s.name}".strip(".")
     own = [o.name for o in known.values() if o.section == s.section]
     elsewhere = [o for o in known.values() if o.name == s.name]
@@ -163,49 +196,17 @@ def _nearest(s: Setting, known: Mapping[str, Option]) -> str:
     if close := difflib.get_close_matches(s.name, own, 1, cutoff=0.6):
         return f"did you mean {s.section}.{close[0]}?"
     by_name = {o.name: o.full_name for o in known.values()}
-    if s.section not in SECTIONS and (close := difflib.get_close_matches(asked, known, 1, cutoff=0.6)):
+    if s.section not in kind.SECTIONS and (close := difflib.get_close_matches(asked, known, 1, cutoff=0.6)):
         return f"did you mean {close[0]}?"
     if close := difflib.get_close_matches(s.name, by_name, 1, cutoff=0.75):
         return f"did you mean {by_name[close[0]]}?"
-    if s.section not in SECTIONS:
-        close = difflib.get_close_matches(s.section or s.name, SECTIONS, 1, cutoff=0.5)
-        return f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(SECTIONS)}"
+    if s.section not in kind.SECTIONS:
+        close = difflib.get_close_matches(s.section or s.name, kind.SECTIONS, 1, cutoff=0.5)
+        return f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(kind.SECTIONS)}"
     return f"[{s.section}] has {', '.join(own)}"
 
 
-def _contradictions(config: Config, places: Mapping[str, str], where: str) -> list[str]:
-    """What each value allows, but not all of them together; `where` goes before what has no place of its own."""
-    t, lr, problems = config.training, config.lr_schedule, []
-
-    def at(name: str) -> str:
-        section, _, key = name.partition(".")
-        return places.get(name) or f"{where}{name} = {config.sections()[section][key]} (the default)"
-
-    try:
-        size = config.model["vocab_size"]
-        shape = config.llama(257 if size is None else size)
-        if t.context > shape.max_position_embeddings and not t.start_from:
-            limit = f"model.max_position_embeddings = {shape.max_position_embeddings}"
-            problems.append(f"{at('training.context')}: wanted at most {limit}")
-    except ConfigError as error:
-        message = str(error).removeprefix("[model] ")
-        name = message.split()[0].rstrip(":,=")
-        place = places.get(f"model.{name}")
-        problems.append(f"{place}: {_cut(message, 1000)}" if place else f"{where}{_cut(str(error), 1000)}")
-    if t.budget:
-        try:
-            seconds_of(t.budget)
-        except ValueError as error:
-            problems.append(f"{at('training.budget')}: {_cut(str(error), 300)}")
-    room = t.steps - (lr.warmup_steps or 0)
-    if room < 0:
-        problems.append(f"{at('lr_schedule.warmup_steps')}: wanted at most training.steps = {t.steps}")
-    if lr.schedule == "wsd" and (lr.decay_steps or 0) > room:
-        problems.append(f"{at('lr_schedule.decay_steps')}: wanted at most {room}, the steps after the warmup")
-    return problems
-
-
-def to_toml(config: Config) -> str:
+def to_toml(config: Sections) -> str:
     """The whole configuration as a TOML file that reads back as the same."""
     parts = []
     for section, values in config.sections().items():
@@ -227,15 +228,14 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
 
 
-def help_text(width: int = 100) -> str:
+def help_text(kind: type[Sections] = Config, width: int = 100) -> str:
     """Every option with its default and its meaning, for `--help`."""
     import textwrap
 
     lines = []
-    for section, kind in SECTIONS.items():
-        about = "The model's shape, by Hugging Face's names." if section == "model" else kind.__doc__
-        lines += ["", f"[{section}]  {about}"]
-        for o in options(section):
+    for section, declaring in kind.SECTIONS.items():
+        lines += ["", f"[{section}]  {kind.TITLES.get(section, declaring.__doc__)}"]
+        for o in options(kind, section):
             head = f"  --{o.full_name} "
             kinds = f"{o.wanted()}; " if o.limits.get("choices") else ""
             text = f"{o.help} ({kinds}default {_toml(o.default)})"

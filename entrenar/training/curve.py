@@ -24,10 +24,12 @@ SCALE = 3  # drawn this many times larger than shown
 
 @dataclass(frozen=True)
 class Curve:
-    """What the picture shows; all heights in bits per byte.
+    """What the picture shows.
 
-    train, held_out   (step, bits) points; of a long run's training the means of neighbouring steps (observe/series.py)
-    levels            (name, bits): horizontal lines to compare with
+    train, held_out   (step, height) points; of a long run's training the means of neighbouring steps
+                      (observe/series.py)
+    levels            (name, height): horizontal lines to compare with
+    unit              of all heights
     """
 
     title: str
@@ -35,6 +37,7 @@ class Curve:
     train: Sequence[Point]
     held_out: Sequence[Point] = ()
     levels: Sequence[tuple[str, float]] = ()
+    unit: str = "bits per byte"
     size: tuple[int, int] = (1200, 720)
 
 
@@ -46,7 +49,7 @@ def render(curve: Curve) -> bytes:
     page = Page(width, height)
     frame = Frame.around(curve, width, height)
     _title(page, curve)
-    _axes(page, frame)
+    _axes(page, frame, curve.unit)
     _levels(page, frame, curve)
     _lines(page, frame, curve)
     image = page.image.resize((width, height), Image.Resampling.LANCZOS)
@@ -172,7 +175,7 @@ def _title(page: Page, curve: Curve) -> None:
     page.text((86, 74), curve.subtitle, size=15, colour=GREY)
 
 
-def _axes(page: Page, frame: Frame) -> None:
+def _axes(page: Page, frame: Frame, unit: str) -> None:
     decimals = max(0, -math.floor(math.log10(frame.y_ticks[1] - frame.y_ticks[0]) + 1e-9))
     step = frame.y_ticks[1] - frame.y_ticks[0]
     decimals += 0 if round(step * 10**decimals, 6).is_integer() else 1
@@ -185,7 +188,7 @@ def _axes(page: Page, frame: Frame) -> None:
         page.line([(x, frame.bottom), (x, frame.bottom + 6)], colour=GREY, width=1)
         page.text((x, frame.bottom + 22), f"{value:,.0f}", colour=GREY, anchor="mm")
     page.line([(frame.left, frame.bottom), (frame.right, frame.bottom)], colour=GREY, width=1.2)
-    page.text((frame.left - 36, frame.top - 22), "bits per byte", colour=GREY, anchor="lm")
+    page.text((frame.left - 36, frame.top - 22), unit, colour=GREY, anchor="lm")
     page.text(((frame.left + frame.right) / 2, frame.bottom + 52), "step", colour=GREY, anchor="mm")
 
 

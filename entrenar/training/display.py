@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
+from entrenar.training.evaluate import perplexity
 from entrenar.training.progress import Bars, Progress
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Report:
-    """One training step, as it is shown and as metrics.jsonl has it. Loss in nats per token."""
+    """One training step, as it is shown and as metrics.jsonl has it. Loss in nats per trained token.
+
+    bits_per_byte   None where tokens of a text were left out of the loss: it would be no measure of the text
+    """
 
     step: int
     steps: int
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     learning_rate: float
     grad_norm: float
     tokens: int
@@ -44,11 +48,11 @@ class Report:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A look at held-out text; `whole` where it was all of it."""
+    """A look at what is held out; `whole` where it was all of it. `bits_per_byte`, `bytes`: None, 0 as in Report."""
 
     step: int
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
     bytes: int
     seconds: float
@@ -57,12 +61,12 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Heading:
-    """What is known before the first step."""
+    """What is known before the first step; of a text, what compressors need for it, in bits per byte."""
 
     title: str
     lines: Sequence[str]
-    gzip_bits: float
-    xz_bits: float
+    gzip_bits: float = 0.0
+    xz_bits: float = 0.0
 
 
 class Display(Protocol):
@@ -123,7 +127,7 @@ class PlainLines:
         r = report
         if r.step == 1 or r.step == r.steps or r.step % self.report_every == 0:
             self._write(
-                f"step={r.step}/{r.steps} loss={r.loss:.4f} bits_per_byte={r.bits_per_byte:.4f} "
+                f"step={r.step}/{r.steps} loss={r.loss:.4f} {measure(r.loss, r.bits_per_byte)} "
                 f"lr={r.learning_rate:.3e} grad_norm={r.grad_norm:.3f} "
                 f"tokens_per_second={r.tokens_per_second:.0f} peak_share={r.peak_share:.3f} "
                 f"memory_mb={r.memory / 1e6:.0f} memory_peak_mb={r.memory_peak / 1e6:.0f} "
@@ -133,7 +137,7 @@ class PlainLines:
     def held_out(self, seen: HeldOut) -> None:
         part = "whole" if seen.whole else "sample"
         self._write(
-            f"step={seen.step} held_out_loss={seen.loss:.4f} held_out_bits_per_byte={seen.bits_per_byte:.4f} "
+            f"step={seen.step} held_out_loss={seen.loss:.4f} held_out_{measure(seen.loss, seen.bits_per_byte)} "
             f"held_out_part={part} held_out_tokens={seen.tokens}"
         )
 
@@ -169,6 +173,7 @@ class LivePanel:
         self.heading: Heading | None = None
         self.report: Report | None = None
         self.seen: HeldOut | None = None
+        self.first: HeldOut | None = None
         self.task = "starting"
         self.losses = array("d")
         self.live: Any = None
@@ -187,11 +192,11 @@ class LivePanel:
 
     def step(self, report: Report) -> None:
         self.report, self.task = report, "training"
-        self.losses.append(report.bits_per_byte)
+        self.losses.append(report.loss if report.bits_per_byte is None else report.bits_per_byte)
         self._draw(now=report.step in (1, report.steps))
 
     def held_out(self, seen: HeldOut) -> None:
-        self.seen = seen
+        self.seen, self.first = seen, self.first or seen
         self._draw(now=True)
 
     def note(self, text: str) -> None:
@@ -266,6 +271,8 @@ class LivePanel:
 
         assert self.heading is not None
         recent = self.losses[-20:]
+        if r.bits_per_byte is None:
+            return self._learning_to_answer(r, sum(recent) / len(recent))
         bits = self.seen.bits_per_byte if self.seen else None
         beaten = ""
         if bits is not None:
@@ -285,6 +292,19 @@ class LivePanel:
             ("  gzip -9 / xz -9", Text(f"{self.heading.gzip_bits:.3f} / {self.heading.xz_bits:.3f}")),
         ]
 
+    def _learning_to_answer(self, r: Report, recent: float) -> list[tuple[str, Any]]:
+        """Where there are no bytes to count: the loss, and among how many tokens the model still wavers."""
+        from rich.text import Text
+
+        seen, first = self.seen, self.first
+        return [
+            ("loss, trained tokens", Text(f"{r.loss:.4f}", style="bold")),
+            ("held-out loss", Text(f"{seen.loss:.4f}" if seen else "not yet")),
+            ("  at first", Text(f"{first.loss:.4f}" if first else "not yet")),
+            ("perplexity, training", Text(f"{perplexity(recent):.3f}")),
+            ("perplexity, held out", Text(f"{perplexity(seen.loss):.3f}" if seen else "not yet")),
+        ]
+
     def _machine(self, r: Report) -> list[tuple[str, Any]]:
         return [
             ("tokens/s", f"{r.tokens_per_second:,.0f}"),
@@ -293,6 +313,11 @@ class LivePanel:
             ("learning rate", f"{r.learning_rate:.2e}"),
             ("gradient norm", f"{r.grad_norm:.3f}"),
         ]
+
+
+def measure(loss: float, bits: float | None) -> str:
+    """What a plain line says beside the loss."""
+    return f"perplexity={perplexity(loss):.4f}" if bits is None else f"bits_per_byte={bits:.4f}"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

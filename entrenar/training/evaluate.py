@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from entrenar.data import IGNORE, batched, bits_per_byte, evaluation_windows
+from entrenar.data import IGNORE, Batch, batched, bits_per_byte, evaluation_windows
 from entrenar.llama import Llama
 from entrenar.tensor import no_grad
 
@@ -53,7 +53,6 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-@no_grad()
 def evaluate(model: Llama, tokens: np.ndarray, *, first: int, context: int, stride: int, batch_size: int,
              every: int = 1, lengths: np.ndarray | None = None,
              progress: Callable[[int, int], object] = lambda done, total: None,
@@ -68,15 +67,23 @@ def evaluate(model: Llama, tokens: np.ndarray, *, first: int, context: int, stri
 
     The model is in eval() meanwhile, and as before afterwards. Raises ValueError for a stride outside 1..context.
     """
-    start, was_training = time.perf_counter(), model.training
-    total, complete = -(-len(tokens) // every), True
     windows = evaluation_windows(tokens, first=first, context=context, stride=stride, every=every)
-    nats, seen, size = 0.0, 0, 0
+    batches = (Batch(ids, targets) for ids, targets in batched(windows, batch_size))
+    return evaluate_batches(model, batches, -(-len(tokens) // every), lengths=lengths, progress=progress, stop=stop)
+
+
+@no_grad()
+def evaluate_batches(model: Llama, batches: Iterable[Batch], total: int, *, lengths: np.ndarray | None = None,
+                     progress: Callable[[int, int], object] = lambda done, total: None,
+                     stop: Callable[[], bool] = lambda: False) -> Evaluation:  # fmt: skip
+    """Predict what counts in these batches, `total` tokens in all. The rest is as `evaluate` has it."""
+    start, was_training = time.perf_counter(), model.training
+    nats, seen, size, complete = 0.0, 0, 0, True
     model.eval()
     try:
-        for ids, targets in batched(windows, batch_size):
-            nats += model.loss(ids, targets, reduction="sum").item()
-            counted = targets[targets != IGNORE]
+        for batch in batches:
+            nats += model.loss(batch.ids, batch.targets, starts=batch.starts, reduction="sum").item()
+            counted = batch.targets[batch.targets != IGNORE]
             seen += len(counted)
             size += int(lengths[counted].sum()) if lengths is not None else 0
             progress(seen, total)

@@ -1,4 +1,4 @@
-"""A whole run: text, plan, model, training, last look, picture and report; begun anew, or taken up where it was left.
+"""A whole run: plan, task, training, last look, picture and report; begun anew, or taken up where it was left.
 
     start(config)       from nothing, into a new folder
     resume(run, ...)    from a run's last whole checkpoint, to the same bits as if nothing had happened
@@ -18,41 +18,52 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from entrenar import kernels, random
-from entrenar.data import Batches, CorpusError, Prepared, load_prepared, prepare
 from entrenar.files import write_file
-from entrenar.llama import Llama, LlamaConfig
-from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.observe.report import write_report
-from entrenar.training import machine, summary
-from entrenar.training.checkpoint import Checkpoint, CheckpointError, clean, load_checkpoint, newest, saved_steps
-from entrenar.training.config import Config, ConfigError, Option, options, read_config, to_toml
+from entrenar.training import finetune, machine, pretrain, summary
+from entrenar.training.checkpoint import CheckpointError, Saved, clean, load_saved, newest, saved_steps
+from entrenar.training.config import ConfigError, FineTuning, Run, kind_of, options, read_config, to_toml
 from entrenar.training.curve import render
-from entrenar.training.display import Display, Heading, HeldOut, make_display
-from entrenar.training.plan import make_plan
+from entrenar.training.display import Display, HeldOut, make_display
+from entrenar.training.metrics import METRICS
+from entrenar.training.plan import Plan
+from entrenar.training.pretrain import DATA
 from entrenar.training.signals import listening
-from entrenar.training.trainer import METRICS, Trainer
+from entrenar.training.task import Sample
+from entrenar.training.trainer import Trainer
 from entrenar.version import __version__
 
-CONFIG, LOCK, DATA = "config.toml", ".lock", "data"
+CONFIG, LOCK = "config.toml", ".lock"
 
 # What a resumed run may change: nothing that decides what a weight or a batch is.
-CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.clip_norm", "training.on_spike",
-              "training.spike_sigma", "training.activation_checkpointing"}  # fmt: skip
+CHANGEABLE = {"lr_schedule", "checkpointing", "training.steps", "training.epochs", "training.clip_norm",
+              "training.on_spike", "training.spike_sigma", "training.activation_checkpointing",
+              "training.samples", "base.model"}  # fmt: skip
 CHANGEABLE_BEGINNINGS = ("training.eval_", "training.sample_", "training.report_")
 
 
-def start(config: Config, *, force: bool = False) -> int:
+def kind(config: Run) -> Any:
+    """The file with `plan`, `begin` and `go_on` of this kind of run."""
+    return finetune if isinstance(config, FineTuning) else pretrain
+
+
+def plan_of(config: Run) -> Plan:
+    """What a run would need."""
+    return kind(config).plan(config)
+
+
+def start(config: Run, *, force: bool = False) -> int:
     """Train from nothing, with `config`, in a new folder. `force` goes over a plan that does not fit.
 
     Raises before there is a folder where the configuration, the text or the model to start from cannot be used.
     """
-    began = time.perf_counter()
+    began, config = time.perf_counter(), config.settled
     run = run_folder(config)
     display = make_display(report_every=config.training.report_every)
     try:
@@ -62,7 +73,8 @@ def start(config: Config, *, force: bool = False) -> int:
         if str(error) or (run / CONFIG).exists():
             raise
         raise KeyboardInterrupt(
-            "stopped before the first step: there is no run yet; the same command goes on where preparing the text was"
+            "stopped before the first step: there is no run yet; the same command "
+            + ("begins it" if isinstance(config, FineTuning) else "goes on where preparing the text was")
         ) from None
     finally:
         display.close()
@@ -80,9 +92,9 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
         inside = (run.parent / CONFIG).is_file()
         raise CheckpointError(
             f"{run}: no {CONFIG}: this is no run's folder; "
-            + (f"the run is {run.parent}" if inside else "name one, or begin one with `entrenar train`")
+            + (f"the run is {run.parent}" if inside else "name one, or begin one with `entrenar train` or `finetune`")
         )
-    config = changed(read_config(run / CONFIG), overrides)
+    config = changed(run, overrides).settled
     config = replace(config, checkpointing=replace(config.checkpointing, out=str(run)))
     display = make_display(report_every=config.training.report_every)
     try:
@@ -91,29 +103,16 @@ def resume(run: str | Path, overrides: Sequence[tuple[str, str]] = (), *, force:
                 display.note(f"{run} was ended before its first checkpoint: beginning again")
                 return _begin(config, run, display, began, stack, force=force, again=True)
             stack.enter_context(locked(run))
-            saved = load_checkpoint(newest(run, display.note), check=False)  # newest has checked it
+            saved = load_saved(newest(run, display.note), check=False)  # newest has checked it
             must_be_the_same_run(config, saved, run)
             return _go_on(config, run, saved, display, stack, force=force)
     finally:
         display.close()
 
 
-def _begin(config: Config, run: Path, display: Display, began: float, stack: contextlib.ExitStack, *,
+def _begin(config: Run, run: Path, display: Display, began: float, stack: contextlib.ExitStack, *,
            force: bool, again: bool = False) -> int:  # fmt: skip
-    shape = pretrained_shape(config)
-    must_fit(config, shape, None, display, force=force)  # before the text takes its time
-    data = prepared(config, run, display)
-    shape = shape or config.llama(data.tokenizer.vocab_size, data.tokenizer.end_id)
-    plan = must_fit(config, shape, data, display, force=force)
-    t = config.training
-    Batches(data.train, batch_size=t.batch_size, context=t.context)  # raises where the text is too short for one
-
-    kernels.keep_freed_memory()
-    random.seed(config.training.seed)
-    if config.training.start_from:
-        model = Llama.from_pretrained(folder_of(config), checkpointing=config.training.activation_checkpointing)
-    else:
-        model = Llama(shape, checkpointing=config.training.activation_checkpointing)
+    task, plan = kind(config).begin(config, run, display, force=force)
     here = machine.look()
     run.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(run))
@@ -122,30 +121,26 @@ def _begin(config: Config, run: Path, display: Display, began: float, stack: con
     clean(run, 0)
     (run / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     keep_config(config, run)
-    trainer = Trainer(config, data, model, run, display, here.peak_flops, began=began)
+    trainer = Trainer(config, task, run, display, here.peak_flops, began=began)
     stack.callback(trainer.close)
     trainer.log(
         "start",
         time=now(),
         config=config.sections(),
-        defaults=Config().sections(),
-        data=asdict(data.facts),
+        defaults=type(config)().sections(),
         machine=asdict(here),
         plan=plan,
-        model={"parameters": shape.parameter_count(), **shape.to_dict()},
         versions={"entrenar": __version__, "python": platform.python_version(), "numpy": np.__version__},
+        **task.facts(),
     )
     return _train(trainer, here)
 
 
-def _go_on(config: Config, run: Path, saved: Checkpoint, display: Display, stack: contextlib.ExitStack, *,
+def _go_on(config: Run, run: Path, saved: Saved, display: Display, stack: contextlib.ExitStack, *,
            force: bool) -> int:  # fmt: skip
-    data = the_same_data(config, run, saved, display)
-    plan = must_fit(config, saved.config, data, display, force=force)
-    kernels.keep_freed_memory()
+    task, plan = kind(config).go_on(config, run, saved, display, force=force)
     here = machine.look()
-    model = saved.model(checkpointing=config.training.activation_checkpointing)
-    trainer = Trainer(config, data, model, run, display, here.peak_flops)
+    trainer = Trainer(config, task, run, display, here.peak_flops)
     stack.callback(trainer.close)
     try:
         trainer.load_state(saved)
@@ -163,19 +158,14 @@ def _go_on(config: Config, run: Path, saved: Checkpoint, display: Display, stack
 
 
 def _train(trainer: Trainer, here: machine.Machine) -> int:
-    shape, facts = trainer.model.config, trainer.data.facts
-    about = Heading(
-        f"a LLaMA of {shape.parameter_count():,} parameters learns {facts.source}",
-        summary.introduction(trainer, here),
-        facts.gzip_bits,
-        facts.xz_bits,
-    )
     with listening(trainer.requests):
-        trainer.display.start(about)
-        trainer.plan_steps()
+        trainer.display.start(trainer.task.heading(trainer, here))
         try:
+            if trainer.task.knows_something and not trainer.step:
+                trainer.look_before()
+            trainer.plan_steps()
             trainer.train()
-            last, sample = finish(trainer, here)
+            last, samples = finish(trainer, here)
         except BaseException as error:
             with contextlib.suppress(Exception):  # the error itself matters more than the picture of it
                 pictures(trainer, here)
@@ -184,22 +174,23 @@ def _train(trainer: Trainer, here: machine.Machine) -> int:
             raise
         # to whom it stopped, nobody may listen any more: the terminal went away
         with contextlib.suppress(OSError) if trainer.stopping else contextlib.nullcontext():
-            summary.summarize(trainer, last, sample)
+            summary.summarize(trainer, last, samples)
         return trainer.requests.exit_code
 
 
-def finish(trainer: Trainer, here: machine.Machine) -> tuple[HeldOut | None, str]:
-    """Checkpoint, last look at the held-out text, sample, picture, report; where a signal stopped it, no look and no
-    sample: whoever stops a run does not want to wait. Returns the look and the sample."""
-    stopped, last, sample = trainer.stopping, None, ""
+def finish(trainer: Trainer, here: machine.Machine) -> tuple[HeldOut | None, list[Sample]]:
+    """Checkpoint, last look at what is held out, samples, picture, report; where a signal stopped it, no look and no
+    samples: whoever stops a run does not want to wait. Returns the look and the samples."""
+    stopped, last, samples = trainer.stopping, None, []
     if trainer.step:
         trainer.save()
     if not stopped:
         last = trainer.look(whole=True)
-        trainer.display.doing("writing a sample")
         if trainer.config.training.sample_tokens:
-            sample = trainer.sample()
-            write_file(trainer.run / "sample.txt", sample + "\n")
+            samples = trainer.samples()
+            earlier = trainer.before.samples if trainer.before else []
+            pairs = zip_longest(samples, earlier[: len(samples)])
+            write_file(trainer.run / "sample.txt", "\n".join(summary.written(*pair) + "\n" for pair in pairs))
     stopped = trainer.stopping
     trainer.log(
         "end",
@@ -209,11 +200,12 @@ def finish(trainer: Trainer, here: machine.Machine) -> tuple[HeldOut | None, str
         seconds=trainer.seconds,
         memory_peak=machine.memory_peak(),
         held_out_bits_per_byte=last.bits_per_byte if last else None,
+        held_out_loss=last.loss if last else None,
     )
     pictures(trainer, here)
     trainer.display.doing("done")
     trainer.display.close()
-    return last, sample
+    return last, samples
 
 
 def refused(error: OSError, trainer: Trainer) -> OSError:
@@ -227,15 +219,14 @@ def refused(error: OSError, trainer: Trainer) -> OSError:
 
 def pictures(trainer: Trainer, here: machine.Machine) -> None:
     """curve.png and report.html of everything so far."""
-    trainer.metrics.flush()
-    write_file(trainer.run / "curve.png", render(summary.curve(trainer, here)))
+    write_file(trainer.run / "curve.png", render(trainer.task.curve(trainer, here)))
     write_report(trainer.run)
 
 
 # -- what a run is made of
 
 
-def run_folder(config: Config, among: Sequence[str] = ()) -> Path:
+def run_folder(config: Run, among: Sequence[str] = ()) -> Path:
     """Where the run goes. Raises ConfigError rather than write into a folder that holds something; the names in
     `among` are nothing."""
     if config.checkpointing.out:
@@ -258,108 +249,24 @@ def run_folder(config: Config, among: Sequence[str] = ()) -> Path:
     return run
 
 
-def folder_of(config: Config) -> Path:
-    return Path(os.path.expanduser(config.training.start_from))
-
-
-def pretrained_shape(config: Config) -> LlamaConfig | None:
-    """The shape of the model that training.start_from names; None where the run starts from nothing.
-
-    Raises FormatError where there is none that can be read, ConfigError where its context is shorter than the run's.
-    """
-    if not config.training.start_from:
-        return None
-    folder = folder_of(config)
-    shape = read_shape(folder, trainable=True)
-    if config.training.context > shape.max_position_embeddings:
-        raise ConfigError(
-            f"training.context = {config.training.context}: the model in {folder} has positions for "
-            f"{shape.max_position_embeddings}"
-        )
-    return shape
-
-
-def prepared(config: Config, run: Path, display: Display) -> Prepared:
-    """The text as tokens; with training.start_from by that model's own tokenizer, unless another one is named."""
-    d = config.data
-    own = d.tokenizer == Config().data.tokenizer and config.training.start_from
-    try:
-        data = prepare(
-            d.source,
-            tokenizer=str(folder_of(config)) if own else d.tokenizer,
-            vocab_size=d.vocab_size,
-            held_out=d.held_out,
-            cache=d.cache,
-            skip_bad=d.skip_bad,
-            into=run / DATA,
-            say=display.doing,
-        )
-    except OSError as error:
-        why = f"{error.strerror or error}, while the text was prepared; what is done is kept: make room and go on"
-        place = error.filename if error.filename is not None else f"data.cache = {d.cache!r}"
-        raise OSError(error.errno, f"{why}, or name another folder with --data.cache", place) from error
-    shape = pretrained_shape(config)
-    if shape and data.tokenizer.vocab_size > shape.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer has {data.tokenizer.vocab_size:,} tokens, the model in {config.training.start_from} only "
-            f"{shape.vocab_size:,}: they do not belong together"
-        )
-    return data
-
-
-def the_same_data(config: Config, run: Path, saved: Checkpoint, display: Display) -> Prepared:
-    """The tokens the run was trained on: as they were kept, else prepared again and compared.
-
-    Raises CorpusError where the text has changed since and the tokens are gone.
-    """
-    kept = saved.state["data"]
-    with contextlib.suppress(CorpusError, OSError):
-        data = load_prepared(Path(kept["folder"]))
-        if data.identity == kept["identity"]:
-            return data
-    try:
-        data = prepared(config, run, display)
-    except CorpusError as error:
-        raise CorpusError(f"{error}; and the tokens that were prepared of it, in {kept['folder']}, are gone") from None
-    if data.identity != kept["identity"]:
-        raise CorpusError(
-            f"data.source: {config.data.source!r} is no longer the text this run was trained on (its files, or the "
-            f"tokenizer, have changed, and the prepared tokens in {kept['folder']} are gone): a run cannot go on with "
-            f"another text; `entrenar train --training.start_from {saved.folder}` begins one from these weights"
-        )
-    return data
-
-
-def must_fit(config: Config, shape: LlamaConfig | None, data: Prepared | None, display: Display, *,
-             force: bool) -> dict[str, Any]:  # fmt: skip
-    """The plan's summary. Raises ConfigError where it exceeds this machine's memory, unless `force`."""
-    plan = make_plan(config, shape=shape, data=data)
-    if not plan.fits and not force:
-        raise ConfigError(plan.refusal())
-    if data is not None and plan.warning():
-        display.note(plan.warning())
-    return plan.summary()
-
-
-def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+def changed(run: Path, overrides: Sequence[tuple[str, str]]) -> Run:
     """The run's configuration with what may be changed on the way. Raises ConfigError, naming every problem."""
-    known: dict[str, Option] = {option.full_name: option for option in options()}
+    its = kind_of(run / CONFIG)
+    known = {option.full_name for option in options(its)}
     fixed = [name for name, _ in overrides if name in known and not may_change(name)]
     if fixed:
         raise ConfigError(
             f"{', '.join(fixed)}: cannot change while a run goes on: it would be another run; what can: lr_schedule.*, "
-            "checkpointing.*, training.steps, clip_norm, on_spike, spike_sigma, activation_checkpointing, "
-            "eval_*, sample_*, report_every"
+            "checkpointing.*, base.model where it was moved, training.steps, epochs, clip_norm, on_spike, spike_sigma, "
+            "activation_checkpointing, eval_*, sample_*, report_every"
         )
-    read_config(None, overrides)  # says all that is wrong with them
-    for name, text in overrides:
-        config.set(known[name], known[name].parse(text))
+    config = read_config(run / CONFIG, overrides, its)
     if any(name == "training.steps" for name, _ in overrides):
         config.training.budget = ""  # the clock chose until now
     return config
 
 
-def must_be_the_same_run(config: Config, saved: Checkpoint, run: Path) -> None:
+def must_be_the_same_run(config: Run, saved: Saved, run: Path) -> None:
     """Raises ConfigError where the run's config.toml was edited in what cannot change on the way."""
     current = config.sections()
     edited = [
@@ -373,11 +280,11 @@ def must_be_the_same_run(config: Config, saved: Checkpoint, run: Path) -> None:
         told = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if len(edited) > 3 else "")
         raise ConfigError(
             f"{run / CONFIG}: {told}: cannot change while a run goes on: it would be another run; put it "
-            f"back, or begin one with `entrenar train --config {run / CONFIG} --out NEW`"
+            f"back, or begin one with `entrenar {config.VERB} --config {run / CONFIG} --out NEW`"
         )
 
 
-def keep_config(config: Config, run: Path) -> None:
+def keep_config(config: Run, run: Path) -> None:
     """config.toml: where the run is, is not in it, for a run may be moved."""
     write_file(run / CONFIG, to_toml(replace(config, checkpointing=replace(config.checkpointing, out=""))))
 

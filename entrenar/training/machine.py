@@ -26,6 +26,9 @@ class Machine:
     memory_limit: int
     peak_flops: float
 
+    def __str__(self) -> str:
+        return f"{self.cpu}, {self.threads} threads, {self.kernels}, measured peak {self.peak_flops / 1e9:.0f} GFLOP/s"
+
 
 def look(seconds: float = 0.2) -> Machine:
     """Describe the machine, measuring its floating-point peak for `seconds`."""

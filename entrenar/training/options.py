@@ -1,39 +1,20 @@
-"""The options of a training run: where each is declared and checked.
+"""The options of a run of `entrenar train`, each written in one place: the field of a dataclass below.
 
-An option is written in one place: the field of a dataclass below, with its default, its type, its bounds and
-its help. (The fields of [model] are LlamaConfig's own.) TOML files, command-line overrides, `--help` and
-error messages are all made from these fields (config.py).
+The fields of [model] are LlamaConfig's own. `Loop`, `LearningRate` and `Checkpointing` are those of fine-tuning too
+(finetune_options.py), with other defaults.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from entrenar.llama.config import LlamaConfig
 from entrenar.optim import SCHEDULES, schedule
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    choices: Sequence[str] = (),
-) -> Any:
-    """A dataclass field that is an option: low <= value <= high, above < value < below, one of `choices`."""
-    bounds = {"low": low, "above": above, "high": high, "below": below, "choices": tuple(choices)}
-    return field(default=default, metadata={"help": help} | bounds)
-
+from entrenar.training.budget import seconds_of
+from entrenar.training.option import ConfigError, Option, Places, Sections, option
 
 # The [model] of the default run, where it differs from LlamaConfig's defaults (which are the 7B LLaMA's).
 MODEL = {
@@ -72,17 +53,13 @@ MODEL_HELP = {
 
 
 @dataclass
-class Training:
-    """How long, on what batches, and how the weights move."""
+class Loop:
+    """How long, in what batches, and how the weights move."""
 
     steps: int = option(1600, "updates of the weights", low=1)
     budget: str = option("", "time the whole run may take, as 90s, 20m or 1h30m: chooses the steps; empty: any")
-    start_from: str = option(
-        "", "folder of a model in Hugging Face's layout to begin with: its shape, weights and tokenizer"
-    )
     batch_size: int = option(8, "windows per micro-batch", low=1)
     accumulation: int = option(1, "micro-batches per update: their tokens count as one big batch", low=1)
-    context: int = option(128, "tokens per window", low=2)
     beta1: float = option(0.9, "AdamW: memory of the mean gradient", low=0, below=1)
     beta2: float = option(0.99, "AdamW: memory of its square", low=0, below=1)
     eps: float = option(1e-8, "AdamW: added to the root of the square", above=0)
@@ -96,12 +73,9 @@ class Training:
     spike_sigma: float = option(6.0, "how far: standard deviations of the recent losses", above=0)
     report_every: int = option(10, "steps between lines when there is no terminal to draw on", low=1)
     eval_every: int = option(
-        200, "steps between looks at a fixed part of the held-out text; 0: only at the end", low=0
+        200, "steps between looks at a fixed part of what is held out; 0: only at the end", low=0
     )
     eval_tokens: int = option(16384, "tokens in that part, about; the end of the run reads all of it", low=1)
-    eval_overlap: float = option(
-        0.5, "share of each held-out window that was read before: context for the rest", low=0, below=1
-    )
     sample_tokens: int = option(200, "longest sample written at the end; 0: none", low=0)
     sample_prompt: str = option("", "what the sample continues; empty: the first line of the held-out text")
     sample_temperature: float = option(
@@ -109,6 +83,19 @@ class Training:
     )
     sample_top_p: float = option(
         0.95, "only the likeliest tokens that together have this probability", above=0, high=1
+    )
+
+
+@dataclass
+class Training(Loop):
+    """How long, on what batches, and how the weights move."""
+
+    start_from: str = option(
+        "", "folder of a model in Hugging Face's layout to begin with: its shape, weights and tokenizer"
+    )
+    context: int = option(128, "tokens per window", low=2)
+    eval_overlap: float = option(
+        0.5, "share of each held-out window that was read before: context for the rest", low=0, below=1
     )
 
 
@@ -121,6 +108,10 @@ class LearningRate:
     warmup_steps: int | None = option(None, "steps of a straight rise at the start; none: a 25th of all", low=0)
     min_ratio: float = option(0.05, "the last learning rate, as a share of the peak", low=0, high=1)
     decay_steps: int | None = option(None, "wsd alone: steps of the fall at the end; none: a fifth of all", low=0)
+
+    @property
+    def peak(self) -> float:
+        return self.learning_rate
 
     def share(self, step: int, steps: int) -> float:
         """The learning rate at `step` of `steps`, as a share of its peak."""
@@ -165,24 +156,49 @@ class Checkpointing:
     best: bool = option(True, "also write and keep the one with the lowest held-out loss so far")
 
 
-SECTIONS: dict[str, type] = {
-    "model": LlamaConfig,
-    "training": Training,
-    "lr_schedule": LearningRate,
-    "data": Data,
-    "checkpointing": Checkpointing,
-}
+def loop_contradictions(t: Loop, lr: LearningRate, at: Places) -> list[str]:
+    """Steps against the parts of the schedule, and a budget that is no time. `t.steps` may be none: not known yet."""
+    problems = []
+    if t.budget:
+        try:
+            seconds_of(t.budget)
+        except ValueError as error:
+            problems.append(f"{at('training.budget')}: {error}")
+    if not t.steps:
+        return problems
+    room = t.steps - (lr.warmup_steps or 0)
+    if room < 0:
+        problems.append(f"{at('lr_schedule.warmup_steps')}: wanted at most training.steps = {t.steps}")
+    if lr.schedule == "wsd" and (lr.decay_steps or 0) > room:
+        problems.append(f"{at('lr_schedule.decay_steps')}: wanted at most {room}, the steps after the warmup")
+    return problems
 
 
 @dataclass
-class Config:
+class Config(Sections):
     """A whole run. `model` holds LlamaConfig's fields; `llama(vocab_size)` makes the LlamaConfig of them."""
 
-    model: dict[str, Any] = field(default_factory=lambda: {o.name: o.default for o in options("model")})
+    SECTIONS: ClassVar[Mapping[str, type]] = {
+        "model": LlamaConfig,
+        "training": Training,
+        "lr_schedule": LearningRate,
+        "data": Data,
+        "checkpointing": Checkpointing,
+    }
+    TITLES: ClassVar[Mapping[str, str]] = {"model": "The model's shape, by Hugging Face's names."}
+    VERB: ClassVar[str] = "train"
+
+    model: dict[str, Any] = field(default_factory=lambda: _default_model())
     training: Training = field(default_factory=Training)
     lr_schedule: LearningRate = field(default_factory=LearningRate)
     data: Data = field(default_factory=Data)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
+
+    @classmethod
+    def declared(cls, section: str, one: dataclasses.Field) -> tuple[Any, Mapping[str, Any]]:
+        if section != "model":
+            return super().declared(section, one)
+        return MODEL.get(one.name, one.default), {"help": MODEL_HELP[one.name]}
 
     def llama(self, vocab_size: int, end_id: int | None = None) -> LlamaConfig:
         """The model's shape, once the tokenizer's size is known.
@@ -203,112 +219,29 @@ class Config:
         except ValueError as error:
             raise ConfigError(f"[model] {str(error).removeprefix('LlamaConfig: ')}") from None
 
-    def sections(self) -> dict[str, dict[str, Any]]:
-        """All options by section and name, as in a TOML file."""
-        own = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS if name != "model"}
-        return {"model": dict(self.model)} | own
+    def section(self, name: str) -> dict[str, Any]:
+        return dict(self.model) if name == "model" else super().section(name)
 
     def set(self, option: Option, value: Any) -> None:
         if option.section == "model":
             self.model[option.name] = value
         else:
-            setattr(getattr(self, option.section), option.name, value)
+            super().set(option, value)
 
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message names every problem, its place, and what was wanted."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option: what `--help` shows and what a value must be."""
-
-    section: str
-    name: str
-    type: Any
-    default: Any
-    limits: Mapping[str, Any]
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.section}.{self.name}"
-
-    @property
-    def kinds(self) -> tuple[type, ...]:
-        """The Python types a value may have; NoneType among them where "none" is an answer."""
-        parts = typing.get_args(self.type) if isinstance(self.type, types.UnionType) else (self.type,)
-        kinds = tuple(typing.get_origin(part) or part for part in parts)
-        return tuple(dict.fromkeys(kinds if self.default is not None else (*kinds, types.NoneType)))
-
-    @property
-    def help(self) -> str:
-        return MODEL_HELP.get(self.name, "") if self.section == "model" else self.limits["help"]
-
-    def wanted(self) -> str:
-        """What a value must be, in words."""
-        words = {
-            int: "a whole number",
-            float: "a number",
-            bool: "true or false",
-            str: "text",
-            dict: "a table",
-            list: "a list of whole numbers",
-            types.NoneType: '"none"',
-        }
-        if choices := self.limits.get("choices"):
-            return "one of " + ", ".join(choices)
-        phrases = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-        bounds = [f"{p} {self.limits[b]:g}" for b, p in phrases.items() if self.limits.get(b) is not None]
-        return " or ".join(words[kind] for kind in self.kinds) + (
-            " " + " and ".join(bounds) if bounds else ""
-        )
-
-    def check(self, value: Any) -> Any:
-        """The value as this option's type. Raises ValueError where it is not one."""
-        if types.NoneType in self.kinds and value in ("none", None):
-            return None
-        if float in self.kinds and type(value) is int:
-            value = float(value) if abs(value) < 1 << 1000 else math.inf
-        if type(value) not in self.kinds or (type(value) is float and not math.isfinite(value)):
-            raise ValueError(self.wanted())
-        get = self.limits.get
-        if choices := get("choices"):
-            fits = value in choices
-        elif type(value) in (int, float):
-            fits = (get("low") is None or value >= get("low")) and (
-                get("above") is None or value > get("above")
-            )
-            fits = fits and (get("high") is None or value <= get("high"))
-            fits = fits and (get("below") is None or value < get("below"))
-        else:
-            fits = True
-        if not fits:
-            raise ValueError(self.wanted())
-        return value
-
-    def parse(self, text: str) -> Any:
-        """The value of a command line's word. Raises ValueError where it is not this option's type."""
-        if str in self.kinds:
-            return self.check(text)
-        number = text.replace("_", "")
-        for kind in (int, float):
-            if kind in self.kinds and number == number.strip():
-                try:
-                    return self.check(kind(number))
-                except ValueError:
-                    pass
+    def contradictions(self, at: Places) -> list[str]:
+        t, problems = self.training, []
         try:
-            return self.check(tomllib.loads(f"x = {text}")["x"])
-        except tomllib.TOMLDecodeError:
-            return self.check(text)
+            size = self.model["vocab_size"]
+            shape = self.llama(257 if size is None else size)
+            if t.context > shape.max_position_embeddings and not t.start_from:
+                limit = f"model.max_position_embeddings = {shape.max_position_embeddings}"
+                problems.append(f"{at('training.context')}: wanted at most {limit}")
+        except ConfigError as error:
+            message = str(error).removeprefix("[model] ")
+            place = at.given.get(f"model.{message.split()[0].rstrip(':,=')}")
+            problems.append(f"{place}: {message}" if place else f"{at.file}{error}")
+        return problems + loop_contradictions(t, self.lr_schedule, at)
 
 
-def options(section: str | None = None) -> list[Option]:
-    """Every option, or those of one section, in order."""
-    found = []
-    for name, kind in SECTIONS.items() if section is None else [(section, SECTIONS[section])]:
-        hints = typing.get_type_hints(kind)
-        for f in dataclasses.fields(kind):
-            default = MODEL.get(f.name, f.default) if name == "model" else f.default
-            found.append(Option(name, f.name, hints[f.name], default, f.metadata))
-    return found
+def _default_model() -> dict[str, Any]:
+    return {one.name: MODEL.get(one.name, one.default) for one in dataclasses.fields(LlamaConfig)}

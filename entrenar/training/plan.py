@@ -1,8 +1,7 @@
 """What a run needs, said before it starts: every buffer, the peak, whether it fits, what would make it fit, the time.
 
     arrays      rehearsed by shape (rehearsal.py)
-    program     interpreter, libraries and tokenizer: measured in this very process, once it has touched the code that
-                a run touches
+    program     interpreter, libraries and tokenizer: measured in this very process (program.py)
     token file  mapped into memory, page by page as windows are read; the kernel takes these pages back when it needs
                 them, so they are part of the peak but not of what must fit
 
@@ -13,34 +12,32 @@ The whole is compared with the peak of real runs by tests/test_plan.py.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import mmap
 import os
 import platform
-import tempfile
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from entrenar import kernels, optim, random
-from entrenar.data import ByteTokenizer, Prepared, load_tokenizer, train_bpe
+from entrenar import kernels
+from entrenar.data import ByteTokenizer, Prepared, load_tokenizer
 from entrenar.data.batches import FORGET_AFTER
 from entrenar.kernels.memory import LARGEST
-from entrenar.llama import Llama, LlamaConfig, generate
+from entrenar.llama import LlamaConfig
 from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training import machine
-from entrenar.training.curve import Curve
-from entrenar.training.curve import render as draw
-from entrenar.training.display import clock, size
+from entrenar.training.advice import Changes, advice, ladders, with_changes
+from entrenar.training.display import Display, clock, size
 from entrenar.training.heap import FLOAT, Heap
+from entrenar.training.option import ConfigError
 from entrenar.training.options import Config
+from entrenar.training.program import measured_program
 from entrenar.training.rehearsal import (
+    ADAPTERS,
     BACKWARD,
     BLOCK,
     FORWARD,
@@ -59,12 +56,11 @@ from entrenar.training.rehearsal import (
 
 PROGRAM, TOKENIZER, LOGITS, GAPS = "program and libraries", "tokenizer", "logits, a chunk", "gaps between arrays"
 TOKENS, PREPARING, WINDOWS = "token file, mapped", "preparing the text", "order of windows"
-ORDER = (WEIGHTS, GRADIENTS, MOMENTS, LAYERS, INPUTS, BLOCK, HEAD, LOGITS, FORWARD, BACKWARD, SCRATCH, ROPE, PICTURE,
-         GAPS)  # fmt: skip
+ORDER = (WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS, LAYERS, INPUTS, BLOCK, HEAD, LOGITS, FORWARD, BACKWARD, SCRATCH, ROPE,
+         PICTURE, GAPS)  # fmt: skip
 
 TOKEN_BYTES = 550  # of memory per token of a BPE: measured between 2,048 tokens and 32,000
 READ_AROUND = 64 << 10  # what Linux maps around a page of a file that is touched
-SHORTEST = 32  # tokens of context that advice still proposes
 BAR = 24  # letters
 PREPARING_BYTES = {"bytes": 60 * 10**6, "": 230 * 10**6}  # measured on 4 to 40 MB of text, 2,048 and 32,000 tokens
 MOST_LAYERS = 128  # are rehearsed; each more adds as much as those before
@@ -135,6 +131,15 @@ class Plan:
             "end other programs, or it may be slowed down by swapping, or killed"
         )
 
+    def accepted(self, display: Display | None, *, force: bool) -> dict[str, Any]:
+        """The summary, where the run may begin; `display` is told the warning. Raises ConfigError where memory will not
+        do, unless `force`."""
+        if not self.fits and not force:
+            raise ConfigError(self.refusal())
+        if display is not None and self.warning():
+            display.note(self.warning())
+        return self.summary()
+
     def summary(self) -> dict[str, Any]:
         """For metrics.jsonl, where report.html finds it."""
         return {
@@ -142,6 +147,29 @@ class Plan:
             "limit": self.limit,
             "buffers": [[buffer.name, buffer.bytes] for buffer in self.buffers],
         }
+
+
+def planned(buffers: list[Buffer], *, mapped: int, preparing: int, shape: LlamaConfig, batch: int, context: int,
+            steps: int, flops_per_token: int) -> Plan:  # fmt: skip
+    """The plan of these buffers, `mapped` bytes of them a file's; without advice.
+
+    preparing   the most that is held before training
+    batch       rows of one update, of `context` tokens each
+    """
+    training = sum(buffer.bytes for buffer in buffers)
+    return Plan(
+        buffers=buffers,
+        training=training,
+        preparing=preparing,
+        reclaimable=mapped,
+        limit=machine.memory_limit(),
+        available=machine.memory_available(),
+        advice=[],
+        parameters=shape.parameter_count(),
+        tokens=max(1, steps) * batch * context,
+        flops_per_token=flops_per_token,
+        steps=steps,
+    )
 
 
 def make_plan(config: Config, *, shape: LlamaConfig | None = None, data: Prepared | None = None) -> Plan:
@@ -159,32 +187,36 @@ def make_plan(config: Config, *, shape: LlamaConfig | None = None, data: Prepare
         beside.append(Buffer(TOKENIZER, tokenizer_bytes(config, shape)))
     mapped = mapped_tokens(config, data)
     arrays = predicted(config, shape)
-    buffers = beside + buffers_of(arrays, config, shape)
+    t = config.training
+    notes = {WEIGHTS: f"{shape.parameter_count():,} parameters"}
+    buffers = beside + buffers_of(arrays, shape, batch=t.batch_size, context=t.context, notes=notes)
     if order := window_order(config, data):
         buffers.append(Buffer(WINDOWS, order, "of an epoch, shuffled"))
     if mapped:
         buffers.append(Buffer(TOKENS, mapped, "the system takes it back when it needs it"))
-    training = sum(buffer.bytes for buffer in buffers)
-    # What this process held before it came here, it will have held.
-    before = machine.memory_peak() if data is not None else program + preparing_bytes(config)
     t = config.training
-    plan = Plan(
-        buffers=buffers,
-        training=training,
-        preparing=before if data is None or before > training else 0,
-        reclaimable=mapped,
-        limit=machine.memory_limit(),
-        available=machine.memory_available(),
-        advice=[],
-        parameters=shape.parameter_count(),
-        tokens=t.steps * t.accumulation * t.batch_size * t.context,
-        flops_per_token=shape.flops_per_token(t.context),
+    plan = planned(
+        buffers,
+        mapped=mapped,
+        preparing=preparing(buffers, program + preparing_bytes(config) if data is None else None),
+        shape=shape,
+        batch=t.accumulation * t.batch_size,
+        context=t.context,
         steps=t.steps,
+        flops_per_token=shape.flops_per_token(t.context),
     )
-    room = plan.limit if not plan.fits else plan.available
-    if plan.needed <= room:
-        return plan
-    return replace(plan, advice=advice(config, shape, plan.needed - arrays.bytes, plan.needed, room))
+    fixed = 4 * FLOAT * shape.parameter_count()
+    last = f"a smaller [model]: weights, gradients and moments of this one alone are {size(fixed)}"
+    ways = ladders(t, "training.context", t.context)
+    return with_advice(plan, ways, lambda changes: predicted(with_changes(config, changes), shape).bytes,
+                       arrays.bytes, fixed=fixed, last=last)  # fmt: skip
+
+
+def preparing(buffers: list[Buffer], before: int | None) -> int:
+    """The most that is held before training: `before`, of a run that has prepared nothing yet; else what this process
+    has held before it came here, where that is more than all buffers."""
+    held = machine.memory_peak()
+    return before if before is not None else held if held > sum(buffer.bytes for buffer in buffers) else 0
 
 
 # ---- what the arrays come to
@@ -199,11 +231,16 @@ class Arrays:
 
 
 def predicted(config: Config, shape: LlamaConfig) -> Arrays:
-    """Rehearse the run, with at most MOST_LAYERS layers; beyond that each layer adds what the last ones added."""
+    """Rehearse the run."""
+    return extrapolated(lambda shape: arrays_of(_rehearsal(config, shape)), shape)
+
+
+def extrapolated(rehearse: Callable[[LlamaConfig], Arrays], shape: LlamaConfig) -> Arrays:
+    """Rehearse with at most MOST_LAYERS layers; beyond that each layer adds what the last ones added."""
     layers = shape.num_hidden_layers
     if layers <= MOST_LAYERS:
-        return _rehearsed(config, shape)
-    more, fewer = (_rehearsed(config, replace(shape, num_hidden_layers=n)) for n in (MOST_LAYERS, MOST_LAYERS // 2))
+        return rehearse(shape)
+    more, fewer = (rehearse(replace(shape, num_hidden_layers=n)) for n in (MOST_LAYERS, MOST_LAYERS // 2))
     times, by = layers - MOST_LAYERS, MOST_LAYERS - MOST_LAYERS // 2
 
     def extended(high: int, low: int) -> int:
@@ -213,9 +250,15 @@ def predicted(config: Config, shape: LlamaConfig) -> Arrays:
     return Arrays(max(extended(more.bytes, fewer.bytes), parts.total()), parts)
 
 
-def _rehearsed(config: Config, shape: LlamaConfig) -> Arrays:
+def arrays_of(rehearsal: Rehearsal) -> Arrays:
+    """The fullest moment of a rehearsed run."""
+    heap = rehearsal.run()
+    return Arrays(heap.peak, +heap.at_peak)
+
+
+def _rehearsal(config: Config, shape: LlamaConfig) -> Rehearsal:
     t = config.training
-    heap = Rehearsal(
+    return Rehearsal(
         shape,
         batch=t.batch_size,
         context=t.context,
@@ -223,8 +266,7 @@ def _rehearsed(config: Config, shape: LlamaConfig) -> Arrays:
         checkpointing=t.activation_checkpointing,
         threads=kernels.get_num_threads(),
         heap=Heap(own_mapping()),
-    ).run()
-    return Arrays(heap.peak, +heap.at_peak)
+    )
 
 
 def own_mapping() -> int:
@@ -244,23 +286,26 @@ def _libc() -> tuple[str, tuple[int, ...]]:
     return name, tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
-def buffers_of(arrays: Arrays, config: Config, shape: LlamaConfig) -> list[Buffer]:
-    """The parts of the fullest moment, in the order in which a reader thinks of them; they add up to all of it."""
-    t, parts = config.training, Counter(arrays.parts)
-    tokens, layers = t.batch_size * t.context, shape.num_hidden_layers
+def buffers_of(arrays: Arrays, shape: LlamaConfig, *, batch: int, context: int,
+               notes: Mapping[str, str]) -> list[Buffer]:  # fmt: skip
+    """The parts of the fullest moment, in the order in which a reader thinks of them; they add up to all of it.
+
+    notes   what to say of parts of which nothing follows from their size
+    """
+    parts, tokens, layers = Counter(arrays.parts), batch * context, shape.num_hidden_layers
     logits = min(parts[SCRATCH], FLOAT * logits_floats(tokens, shape.vocab_size))
     parts[SCRATCH] -= logits
     parts[LOGITS] = logits
     parts[GAPS] = arrays.bytes - parts.total()
     notes = {
-        WEIGHTS: f"{shape.parameter_count():,} parameters",
-        LAYERS: f"{layers} layers x {size(parts[LAYERS] // layers)}, for {t.batch_size} x {t.context:,} tokens",
-        INPUTS: f"{layers} layers x {size(parts[INPUTS] // layers)}, for {t.batch_size} x {t.context:,} tokens",
+        LAYERS: f"{layers} layers x {size(parts[LAYERS] // layers)}, for {batch} x {context:,} tokens",
+        INPUTS: f"{layers} layers x {size(parts[INPUTS] // layers)}, for {batch} x {context:,} tokens",
         LOGITS: f"{logits // (FLOAT * shape.vocab_size):,} of {tokens:,} rows x {shape.vocab_size:,} at a time",
         GRADIENTS: "" if parts[GRADIENTS] else "none yet at that moment: they come as activations go",
         SCRATCH: f"{kernels.get_num_threads()} threads" if kernels.info().backend == "native" else "NumPy: about",
         GAPS: "that the C library leaves",
         PICTURE: "at the end, beyond all this",
+        **notes,
     }
     return [Buffer(name, parts[name], notes.get(name, "")) for name in ORDER if parts[name] or name == GRADIENTS]
 
@@ -280,36 +325,6 @@ def _expected_vocabulary(config: Config) -> int:
     if name == "bytes":
         return ByteTokenizer.vocab_size
     return config.data.vocab_size if name == "bpe" else load_tokenizer(os.path.expanduser(name)).vocab_size
-
-
-def measured_program() -> int:
-    """Bytes this process holds beside the run's arrays: interpreter, libraries, all code that a run goes through."""
-    _go_through_the_code()
-    machine.give_back_memory()
-    return machine.memory_used()
-
-
-@functools.cache  # once in a process
-def _go_through_the_code() -> None:
-    """Train, save and draw something tiny: code becomes resident when it first runs. Leaves no trace but that."""
-    before = random.get_state()
-    shape = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                        num_attention_heads=2, max_position_embeddings=32)  # fmt: skip
-    try:
-        for checkpointing in (False, True):
-            model = Llama(shape, checkpointing=checkpointing)
-            optimizer = optim.AdamW(model.named_parameters())
-            ids = np.arange(2 * 32).reshape(2, 32)
-            model.loss(ids, ids).backward()
-            optimizer.step(grad_scale=optim.clip_scale(optim.global_norm(model.parameters()), 1.0))
-        list(generate(model, [1], max_new_tokens=2, top_p=0.9))
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:  # no room: nothing to go through
-            model.save_pretrained(folder, tokenizer=train_bpe(["a text\n"], vocab_size=260))
-            load_tokenizer(folder).encode("a text")
-    finally:
-        random.set_state(before)
-    draw(Curve("", "", [(1, 2.0), (2, 1.0)], [(2, 1.0)], [("", 1.0)], size=(64, 48)))
-    from rich import live, panel, progress_bar, table  # noqa: F401  (what the display draws with)
 
 
 def tokenizer_bytes(config: Config, shape: LlamaConfig) -> int:
@@ -350,59 +365,19 @@ def preparing_bytes(config: Config) -> int:
     return PREPARING_BYTES.get(config.data.tokenizer, PREPARING_BYTES[""])
 
 
-# ---- what would need less
+def with_advice(plan: Plan, ladders: Iterable[list[Changes]], arrays_with: Callable[[Changes], int], arrays: int, *,
+                fixed: int, last: str) -> Plan:  # fmt: skip
+    """The plan; where it exceeds this machine, or what is free of it now, with what would need less (see advice.py).
 
-
-def advice(config: Config, shape: LlamaConfig, beside: int, needed: int, room: int) -> list[str]:
-    """Changes that fit into `room`, each with what it needs, those that cost least first; else what comes nearest.
-
-    beside   bytes that no change saves: the program
-    needed   by the configuration as it is
+    arrays_with   bytes of the arrays after changes; `arrays` as it is
     """
-
-    known: dict[tuple[Any, ...], int] = {}
-
-    def need(changes: dict[str, Any]) -> int:
-        key = tuple(changes.items())
-        if key not in known:
-            changed = replace(config, training=replace(config.training, **changes))
-            known[key] = beside + predicted(changed, shape).bytes
-        return known[key]
-
-    fitting, nearest, fixed = [], [], 4 * FLOAT * shape.parameter_count()
-    for ladder in filter(None, _ladders(config)):
-        first = len(ladder) - 1 if fixed > room else 0  # where nothing can fit, the last step comes nearest
-        step = bisect_left(ladder, True, first, key=lambda changes: need(changes) <= room)
-        changes = ladder[min(step, len(ladder) - 1)]
-        bytes_ = need(changes)
-        words = ", ".join(f"training.{name} = {str(value).lower()}" for name, value in changes.items())
-        if bytes_ <= room:
-            fitting.append(f"{words}: {size(bytes_)}, fits")
-        elif bytes_ < needed:
-            nearest.append((bytes_, f"{words}: {size(bytes_)}, too much"))
-    if fitting:
-        return fitting
-    smaller = f"a smaller [model]: weights, gradients and moments of this one alone are {size(fixed)}"
-    return [*(line for _, line in sorted(nearest)[:2]), smaller]
-
-
-def _ladders(config: Config) -> Iterator[list[dict[str, Any]]]:
-    """Ways to need less, each in steps from small to large; the ways that cost least come first."""
-    t = config.training
-    halves = [{"batch_size": t.batch_size >> n, "accumulation": t.accumulation << n}
-              for n in range(1, 64) if t.batch_size >> n << n == t.batch_size]  # fmt: skip
-    recompute = [] if t.activation_checkpointing else [{"activation_checkpointing": True}]
-    shorter = [{"context": t.context >> n} for n in range(1, 64) if t.context >> n >= SHORTEST]
-    smallest: dict[str, Any] = {}
-    for way in (recompute, halves):
-        smallest |= way[-1] if way else {}
-    yield halves  # the same update, in smaller parts
-    yield recompute  # the same update, a third slower
-    if recompute and halves:
-        yield [recompute[0] | half for half in halves]
-    yield shorter  # another model: it sees less at a time
-    if smallest:
-        yield [smallest | short for short in shorter]
+    room = plan.limit if not plan.fits else plan.available
+    if plan.needed <= room:
+        return plan
+    beside = plan.needed - arrays
+    told = advice(ladders, lambda changes: beside + arrays_with(changes), needed=plan.needed, room=room, fixed=fixed,
+                  last=last)  # fmt: skip
+    return replace(plan, advice=told)
 
 
 # ---- for people
@@ -425,8 +400,10 @@ def render(plan: Plan, *, peak_flops: float | None = None) -> str:
     lines += [
         "",
         f"peak        {size(plan.peak)}; " + _verdict(plan),
-        f"tokens      {plan.tokens:,} in {plan.steps:,} steps of {plan.tokens // plan.steps:,}",
-        f"arithmetic  {flops / 1e12:,.0f} TFLOP, {plan.flops_per_token / 1e6:,.1f} MFLOP per token",
+        f"tokens      {plan.tokens:,} in " + (
+            f"{plan.steps:,} steps of {plan.tokens // plan.steps:,}" if plan.steps else "a step, at most"),
+        f"arithmetic  {flops / 1e12:,.{0 if flops > 2e12 else 3}f} TFLOP, "
+        f"{plan.flops_per_token / 1e6:,.1f} MFLOP per token",
         f"time        {clock(2 * flops / peak_flops)} at half of the {peak_flops / 1e9:,.0f} GFLOP/s measured here",
     ]
     if plan.advice:

@@ -25,7 +25,7 @@ from entrenar.training.heap import Array, Heap
 
 ABSURD = 1 << 40  # tokens, channels or words
 
-WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "AdamW's two moments"
+WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "AdamW's two moments"
 LAYERS, INPUTS, BLOCK = "activations", "inputs of the blocks", "one block, computed again"
 HEAD, BACKWARD, SCRATCH = "last norm and loss", "backward, on its way", "kernels' scratch"
 ROPE, FORWARD, PICTURE = "rotary tables", "forward, on its way", "picture of the curve"
@@ -34,7 +34,7 @@ ROPE, FORWARD, PICTURE = "rotary tables", "forward, on its way", "picture of the
 def scratch_floats(kernel: str, *sizes: int) -> int:
     """How many floats of working memory a C kernel asks for, by its own account.
 
-    matmul: threads   attention_forward, attention_backward: threads, B, T, S, H, KH, D
+    matmul: threads   packed_linear: threads, N, I   attention_forward, attention_backward: threads, B, T, S, H, KH, D
     linear_cross_entropy: threads, N, C, V   norm: N, C
     """
     if kernels.info().backend != "native":
@@ -78,7 +78,7 @@ class Saved:
 
     x: Array  # held for norm 1; whoever made it drops it
     rstd1: Array
-    norm1: Array
+    norm1: Array | None
     q: Array
     k: Array
     v: Array
@@ -86,10 +86,10 @@ class Saved:
     lse: Array
     middle: Array  # x + attention, held for norm 2
     rstd2: Array
-    norm2: Array
+    norm2: Array | None
     gate: Array
     up: Array
-    product: Array
+    product: Array | None
 
 
 @dataclass
@@ -107,6 +107,9 @@ class Rehearsal:
     checkpointing: bool = False
     threads: int = 1
     heap: Heap = field(default_factory=Heap)
+
+    head_is_trained = embedding_is_trained = True
+    lowest = 0  # block through which gradients flow
 
     def __post_init__(self) -> None:
         s = self.shape
@@ -177,7 +180,8 @@ class Rehearsal:
             self.lent = self.heap.take(SCRATCH, floats + 16)
             self.heap.drop(before)
 
-    def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> Array:
+    def linear(self, name: str, layer: str, inputs: int, outputs: int, *, bias: bool, keep: bool) -> Array:
+        """A layer's output ("0.q"); what else it keeps for its backward, is not the caller's concern."""
         y = self.heap.take(name, self.N, outputs)
         self.scratch(scratch_floats("matmul", self.threads))
         if not bias:
@@ -188,58 +192,75 @@ class Rehearsal:
 
     # ---- forward
 
-    def block(self, x: Array, name: str, *, keep: bool) -> tuple[Array, Saved]:
+    def read_again(self, *layers: str) -> bool:
+        """Whether the backward of any of these layers reads what went into it."""
+        return True
+
+    def block(self, i: int, x: Array, name: str, *, keep: bool) -> tuple[Array, Saved]:
         """A block's output and what it saved; without `keep` (nothing recorded) all of that is dropped on the way."""
         take, drop, N, C = self.heap.take, self.heap.drop, self.N, self.C
         bias = self.shape.attention_bias
+        norm1: Array | None
         norm1, rstd1 = take(name, N, C), take(name, N)
         if not keep:
             drop(rstd1)
-        q_flat = self.linear(name, C, self.Q, bias=bias)
-        k_flat = self.linear(name, C, self.KV, bias=bias)
-        v = self.linear(name, C, self.KV, bias=bias)
+        q_flat = self.linear(name, f"{i}.q", C, self.Q, bias=bias, keep=keep)
+        k_flat = self.linear(name, f"{i}.k", C, self.KV, bias=bias, keep=keep)
+        v = self.linear(name, f"{i}.v", C, self.KV, bias=bias, keep=keep)
         q, k = take(name, N, self.Q), take(name, N, self.KV)  # turned by RoPE
         drop(q_flat, k_flat)
         o, lse = take(name, N, self.Q), take(name, N, self.H)
         self.scratch(self._attention_scratch("attention_forward"))
         if not keep:
             drop(lse)
-        out = self.linear(FORWARD, self.Q, C, bias=bias)
+        out = self.linear(FORWARD, f"{i}.o", self.Q, C, bias=bias, keep=keep)
+        if not (keep and self.read_again(f"{i}.q", f"{i}.k", f"{i}.v")):
+            drop(norm1)
+            norm1 = None
         if not keep:
-            drop(norm1, q, k, v, o)
+            drop(q, k, v, o)
         middle = take(name, N, C)
         drop(out)
 
+        norm2: Array | None
         norm2, rstd2 = take(name, N, C), take(name, N)
         if not keep:
             drop(rstd2)
-        gate = self.linear(name, C, self.F, bias=self.shape.mlp_bias)
-        up = self.linear(name, C, self.F, bias=self.shape.mlp_bias)
-        product = take(name, N, self.F)
+        bias = self.shape.mlp_bias
+        gate = self.linear(name, f"{i}.gate", C, self.F, bias=bias, keep=keep)
+        up = self.linear(name, f"{i}.up", C, self.F, bias=bias, keep=keep)
+        product: Array | None = take(name, N, self.F)
         if not keep:
             drop(gate, up)
-        out = self.linear(FORWARD, self.F, C, bias=self.shape.mlp_bias)
-        if not keep:
-            drop(norm2, product)
+        out = self.linear(FORWARD, f"{i}.down", self.F, C, bias=bias, keep=keep)
+        if not (keep and self.read_again(f"{i}.gate", f"{i}.up")):
+            drop(norm2)
+            norm2 = None
+        if not (keep and self.read_again(f"{i}.down")):
+            drop(product)
+            product = None
         y = take(INPUTS if self.checkpointing else name, N, C)
         drop(out)
         if not keep:
             drop(middle)
         return y, Saved(x, rstd1, norm1, q, k, v, o, lse, middle, rstd2, norm2, gate, up, product)
 
-    def forward(self) -> tuple[list[Array], list[Saved], tuple[Array, Array, Array]]:
+    def forward(self) -> tuple[list[Array], list[Saved], tuple[Array, Array, Array | None]]:
         """The blocks' inputs and the last one's output, what each saved, and what norm and loss left: rstd, dx, dw."""
         take, drop, N = self.heap.take, self.heap.drop, self.N
         xs, saved = [take(INPUTS if self.checkpointing else LAYERS, N, self.C)], []
-        for _ in range(self.shape.num_hidden_layers):
-            y, kept = self.block(xs[-1], BLOCK if self.checkpointing else LAYERS, keep=True)
-            if self.checkpointing:
-                self._drop_block(kept)
+        for i in range(self.shape.num_hidden_layers):
+            y, kept = self.block(i, xs[-1], BLOCK if self.checkpointing else LAYERS, keep=i >= self.lowest)
+            if i < self.lowest:
+                drop(xs.pop())
+            elif self.checkpointing:
+                self._drop_block(i, kept)
             else:
                 saved.append(kept)
             xs.append(y)
         normed, rstd = take(HEAD, N, self.C), take(HEAD, N)
-        losses, dx, dw = take(HEAD, N), take(HEAD, N, self.C), take(HEAD, self.V, self.C)
+        losses, dx = take(HEAD, N), take(HEAD, N, self.C)
+        dw = take(HEAD, self.V, self.C) if self.head_is_trained else None
         self._loss_scratch()
         drop(losses, normed)
         return xs, saved, (rstd, dx, dw)
@@ -248,8 +269,8 @@ class Rehearsal:
         """The loss of one batch of held-out text: nothing is recorded."""
         take, drop, N = self.heap.take, self.heap.drop, self.N
         x = take(FORWARD, N, self.C)
-        for _ in range(self.shape.num_hidden_layers):
-            y, _ = self.block(x, FORWARD, keep=False)
+        for i in range(self.shape.num_hidden_layers):
+            y, _ = self.block(i, x, FORWARD, keep=False)
             drop(x)
             x = y
         normed, rstd = take(FORWARD, N, self.C), take(FORWARD, N)
@@ -275,32 +296,34 @@ class Rehearsal:
         B, T = self.batch, self.context
         return scratch_floats(which, self.threads, B, T, T, self.H, self.KH, self.D)
 
-    def _drop_block(self, s: Saved) -> None:
+    def _drop_block(self, i: int, s: Saved) -> None:
         self.heap.drop(s.rstd1, s.norm1, s.q, s.k, s.v, s.o, s.lse, s.middle, s.rstd2, s.norm2, s.gate, s.up, s.product)
 
     # ---- backward
 
-    def backward(self, xs: list[Array], saved: list[Saved], head: tuple[Array, Array, Array]) -> None:
+    def backward(self, xs: list[Array], saved: list[Saved], head: tuple[Array, Array, Array | None]) -> None:
         """The walk of tensor.py, from the loss to the embedding."""
         take, drop, N, C = self.heap.take, self.heap.drop, self.N, self.C
         rstd, dx, dw = head
-        scaled, dw_scaled = take(BACKWARD, N, C), take(BACKWARD, self.V, C)  # times the loss's own gradient
+        scaled = take(BACKWARD, N, C)  # times the loss's own gradient
+        dw_scaled = take(BACKWARD, self.V, C) if dw else None
         drop(dx, dw)
-        self._give("embed" if self.shape.tie_word_embeddings else "head", dw_scaled)
+        if dw_scaled:
+            self._give("embed" if self.shape.tie_word_embeddings else "head", dw_scaled)
         d = take(BACKWARD, N, C)
         self._norm_backward("norm")
         drop(scaled, xs.pop(), rstd)
 
-        for i in reversed(range(self.shape.num_hidden_layers)):
+        for i in reversed(range(self.lowest, self.shape.num_hidden_layers)):
             x = xs.pop()
             if self.checkpointing:
-                again, s = self.block(x, BLOCK, keep=True)
+                again, s = self.block(i, x, BLOCK, keep=True)
                 drop(again)
             else:
                 s = saved.pop()
             d = self._block_backward(i, s, d)
-        dw = take(BACKWARD, self.V, C)
-        self._give("embed", dw)
+        if self.embedding_is_trained:
+            self._give("embed", take(BACKWARD, self.V, C))
         drop(d)
 
     def _block_backward(self, i: int, s: Saved, d: Array) -> Array:
@@ -333,7 +356,8 @@ class Rehearsal:
         drop(more, dq_flat, s.norm1)
         return self._through_norm(f"{i}.norm1", d, dnorm, s.x, s.rstd1)
 
-    def _linear_backward(self, name: str, inputs: int, outputs: int, bias: bool, before: Array | None = None) -> Array:
+    def _linear_backward(self, name: str, inputs: int, outputs: int, bias: bool,
+                         before: Array | None = None) -> Array | None:  # fmt: skip
         """dx, and dw on its way to its parameter. Where another dx came `before`, their sum is a new array."""
         take, drop = self.heap.take, self.heap.drop
         dx, dw = take(BACKWARD, self.N, inputs), take(BACKWARD, outputs, inputs)
@@ -351,7 +375,7 @@ class Rehearsal:
         self._give(name, self.heap.take(BACKWARD, self.C))
         self.scratch(scratch_floats("norm", self.N, self.C))
 
-    def _through_norm(self, name: str, d: Array, dnorm: Array, x: Array, rstd: Array) -> Array:
+    def _through_norm(self, name: str, d: Array, dnorm: Array | None, x: Array, rstd: Array) -> Array:
         """The residual stream's gradient: d, around the norm, plus what comes through it."""
         dx = self.heap.take(BACKWARD, self.N, self.C)
         self._norm_backward(name)

@@ -1,54 +1,56 @@
-"""The training loop: batch, loss, backward, clip, AdamW, report; at times held-out text, a checkpoint.
+"""The training loop: batch, loss, backward, clip, AdamW, report; at times a look at what is held out, a checkpoint.
 
-Knows nothing of command lines (cli/) and of how a run begins and ends (job.py), and draws nothing itself (display.py).
+Knows nothing of what is learned (task.py), of command lines (cli/), of how a run begins and ends (job.py), and draws
+nothing itself (display.py).
 """
 
 # B batch, T time
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 import numpy as np
 
-from entrenar import kernels, optim, random
-from entrenar.data import IGNORE, Batches, Prepared, bits_per_byte
-from entrenar.llama import Llama, generate
-from entrenar.observe.finite import Batch, Replay, explain
+from entrenar import optim, random
+from entrenar.data import Batch
+from entrenar.llama import Llama
+from entrenar.observe.finite import Place, Replay
 from entrenar.training import budget, machine
-from entrenar.training.checkpoint import BEST, NEWEST, Checkpoint, save_step
+from entrenar.training.checkpoint import Saved, save_step
 from entrenar.training.display import Display, HeldOut, Report
-from entrenar.training.evaluate import evaluate, stride_of
+from entrenar.training.finetune_options import FineTuning
+from entrenar.training.metrics import Metrics
 from entrenar.training.options import Config
 from entrenar.training.signals import Requests
 from entrenar.training.spikes import SpikeWatch
-
-METRICS = "metrics.jsonl"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what may help."""
+from entrenar.training.task import Before, Sample, Task
+from entrenar.training.trouble import (
+    TrainingError,
+    kept,
+    not_finite,
+    smaller_steps,
+    spike_words,
+    stop_for_spike,
+    weights_must_be_finite,
+)
 
 
 def accumulate_gradients(model: Llama, micro_batches: Sequence[Batch]) -> tuple[float, int]:
     """Add to every .grad the gradient of the mean loss over all tokens of all micro-batches.
 
-    Each micro-batch counts by its tokens: together they equal one big batch. Returns the mean loss in nats
-    per token, and the number of tokens that counted.
+    Each micro-batch counts by the tokens trained in it: together they equal one big batch. Returns the mean loss in
+    nats per token, and the number of tokens that counted.
     """
-    tokens = sum(int((targets != IGNORE).sum()) for _, targets in micro_batches)
+    tokens = sum(batch.trained for batch in micro_batches)
     total = 0.0
-    for ids, targets in micro_batches:
-        loss = model.loss(ids, targets, reduction="sum")
+    for batch in micro_batches:
+        loss = model.loss(batch.ids, batch.targets, starts=batch.starts, reduction="sum")
         loss.backward(np.full(loss.shape, 1 / max(1, tokens), loss.dtype))
         total += loss.item()
     return total / max(1, tokens), tokens
@@ -56,15 +58,13 @@ def accumulate_gradients(model: Llama, micro_batches: Sequence[Batch]) -> tuple[
 
 @dataclass
 class Trainer:
-    """One run of one model over one prepared corpus, into one folder, which it makes.
+    """One run of one task, into one folder, which it makes.
 
     began   on time.perf_counter()'s clock: what a budget counts from
-    Raises CorpusError, before it makes the folder, where the text is too short for one window.
     """
 
-    config: Config
-    data: Prepared
-    model: Llama
+    config: Config | FineTuning
+    task: Task
     run: Path
     display: Display
     peak_flops: float = math.inf
@@ -73,25 +73,25 @@ class Trainer:
 
     def __post_init__(self) -> None:
         t, lr = self.config.training, self.config.lr_schedule
-        self.batches = Batches(self.data.train, batch_size=t.batch_size, context=t.context, seed=t.seed)
+        self.model = self.task.model
         self.optimizer = optim.AdamW(
             self.model.named_parameters(),
-            lr=lr.learning_rate,
+            lr=lr.peak,
             betas=(t.beta1, t.beta2),
             eps=t.eps,
             weight_decay=t.weight_decay,
         )
-        self.step, self.steps = 0, t.steps  # a budget moves `steps`
+        self.step, self.steps = 0, self.task.steps  # a budget moves `steps`
         self.tokens_seen = 0
         self.best: HeldOut | None = None
         self.reports: list[Report] = []  # the first and the last alone: metrics.jsonl has them all
         self.looks: list[HeldOut] = []
+        self.before: Before | None = None
         self.timed: HeldOut | None = None  # a look that was only made to know how long one takes
         self.spikes = SpikeWatch(t.spike_sigma)
         self.busy = 0.0  # seconds in steps alone, smoothed, per step
         self.saved_at = time.perf_counter()
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.metrics: TextIO = open(self.run / METRICS, "a", encoding="utf-8")
+        self.metrics = Metrics(self.run)
 
     # -- the loop
 
@@ -102,23 +102,32 @@ class Trainer:
         """
         while self.step < self.steps and not self.stopping:
             start = time.perf_counter()
-            micro_batches, starts = self._micro_batches()
+            batches = self._micro_batches()
+            micro_batches = [batch for batch, _ in batches]
             loss, tokens = accumulate_gradients(self.model, micro_batches)
             norm = optim.global_norm(self.model.parameters())
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._not_finite(loss, norm, Replay(micro_batches, starts, self.data.place))
+                not_finite(self, loss, norm, Replay(micro_batches, [place for _, place in batches]))
             self._watch_for_spikes(loss)
             lr = self.learning_rate()
             self.optimizer.step(lr=lr, grad_scale=optim.clip_scale(norm, self.config.training.clip_norm))
             self.optimizer.zero_grad()
             self.step += 1
-            self._report(loss, norm, lr, tokens, time.perf_counter() - start)
+            positions = sum(batch.ids.size for batch in micro_batches)
+            self._report(loss, norm, lr, tokens, positions, time.perf_counter() - start)
             self._between_steps()
 
-    def _micro_batches(self) -> tuple[list[Batch], list[list[int]]]:
-        """Those of one step, and where in the training tokens their windows begin."""
-        taken = [(self.batches.next(), self.batches.taken) for _ in range(self.config.training.accumulation)]
-        return [batch for batch, _ in taken], [starts for _, starts in taken]
+    def _micro_batches(self) -> list[tuple[Batch, Place]]:
+        """Those of one step, each with where its tokens come from."""
+        return [self.task.next() for _ in range(self.config.training.accumulation)]
+
+    def _watch_for_spikes(self, loss: float) -> None:
+        """Tell of a loss far above its recent course, or stop, as training.on_spike says."""
+        how, mean, far = self.config.training.on_spike, self.spikes.mean, self.spikes.see(loss)
+        if far and how == "warn":
+            self.warn(spike_words(self, loss, mean, far))
+        elif far and how == "stop":
+            stop_for_spike(self, spike_words(self, loss, mean, far))
 
     def _between_steps(self) -> None:
         """What is due after a step: a look at held-out text, a checkpoint, another plan."""
@@ -134,7 +143,7 @@ class Trainer:
     def learning_rate(self) -> float:
         """Of the step that is being made."""
         s = self.config.lr_schedule
-        return s.learning_rate * s.share(self.step, self.steps)
+        return s.peak * s.share(self.step, self.steps)
 
     @property
     def stopping(self) -> str:
@@ -146,22 +155,16 @@ class Trainer:
         self.requests.stop = why
 
     @property
-    def begin(self) -> int:
-        """The token before a text: the tokenizer's own for that, or the one that ends the text before."""
-        tokenizer = self.data.tokenizer
-        return tokenizer.end_id if tokenizer.begin_id is None else tokenizer.begin_id
-
-    @property
     def seconds(self) -> float:
         """How long the run has taken, with what came before it was resumed."""
         return time.perf_counter() - self.began
 
-    # -- held-out text, samples
+    # -- what is held out, samples
 
     def look(self, *, whole: bool = False) -> HeldOut:
-        """The loss on held-out text: a fixed sample of its windows, or all of them. A new best is saved.
+        """The loss on what is held out: a fixed part of it, or all. A new best is saved.
 
-        A `stop` that comes while all of them are read makes do with the sample. Raises TrainingError where the loss is
+        A `stop` that comes while all is read makes do with the part. Raises TrainingError where the loss is
         not finite: nothing is saved of such weights.
         """
         seen = self._measure(whole=whole)
@@ -170,60 +173,41 @@ class Trainer:
         if not math.isfinite(seen.loss):
             what = f"the held-out loss is {seen.loss}, though that of training was finite"
             self.log("error", step=self.step, text=what)
-            raise TrainingError(f"step {self.step}: {what}; {self._kept()}. {self._smaller_steps()}")
+            raise TrainingError(f"step {self.step}: {what}; {kept(self.run)}. {smaller_steps(self.config)}")
         self.looks.append(seen)
         self.log("held_out", **asdict(seen))
         self.display.held_out(seen)
-        if not whole and (self.best is None or seen.bits_per_byte < self.best.bits_per_byte):
+        if not whole and (self.best is None or seen.loss < self.best.loss):
             self.best = seen
             if self.config.checkpointing.best:
                 self.save(best=True)
         return seen
 
+    def look_before(self) -> None:
+        """All that is held out, and samples, of a model that knows something already: what comes after is compared."""
+        seen = self.look(whole=True)
+        samples = self.samples() if self.config.training.sample_tokens and not self.stopping else []
+        self.before = Before(seen, samples)
+
     def _measure(self, *, whole: bool) -> HeldOut | None:
         """The numbers of a look, kept nowhere; None where a `stop` ended a whole one."""
-        t, tokenizer = self.config.training, self.data.tokenizer
-        stride = stride_of(t.context, t.eval_overlap)
-        count = -(-len(self.data.held_out) // stride)
-        result = evaluate(
-            self.model,
-            self.data.held_out,
-            first=self.begin,
-            context=t.context,
-            stride=stride,
-            batch_size=t.batch_size,
-            every=1 if whole else max(1, count * stride // t.eval_tokens),
-            lengths=tokenizer.byte_lengths(),
-            progress=lambda done, total: self.display.doing("reading held-out text", done, total),
+        found = self.task.evaluate(
+            whole=whole,
+            progress=lambda done, total: self.display.doing("reading what is held out", done, total),
             stop=lambda: whole and bool(self.stopping),
         )
-        if not result.complete:
+        if not found.complete:
             return None
-        facts, size = self.data.facts, result.bytes
-        if not facts.exact_bytes:  # the tokenizer changes the text: count the bytes of the text as it was
-            size = round(size * facts.held_out_bytes / max(1, facts.held_out_token_bytes))
-        bits = bits_per_byte(result.nats, max(1, size))
-        return HeldOut(self.step, result.loss, bits, result.tokens, size, result.seconds, whole)
+        bits = found.bits_per_byte if found.bytes else None
+        return HeldOut(self.step, found.loss, bits, found.tokens, found.bytes, found.seconds, whole)
 
-    def sample(self) -> str:
-        """What the model writes after the prompt, or after the first line of the held-out text."""
-        t, tokenizer = self.config.training, self.data.tokenizer
-        prompt = t.sample_prompt or tokenizer.decode(self.data.held_out[:64]).partition("\n")[0] + "\n"
-        ids = [self.begin, *tokenizer.encode(prompt).tolist()]
-        ids = ids[: self.model.config.max_position_embeddings - 1]
-        written = generate(
-            self.model,
-            ids,
-            max_new_tokens=t.sample_tokens,
-            temperature=t.sample_temperature,
-            top_p=t.sample_top_p,
-            rng=np.random.default_rng(t.seed),
-            stop=(tokenizer.end_id,),
-        )
-        decoder = tokenizer.decoder(after=ids)
-        text = "".join(decoder.push(token) for token in written if token != tokenizer.end_id) + decoder.end()
-        self.log("sample", step=self.step, prompt=prompt, text=text)
-        return prompt + text
+    def samples(self) -> list[Sample]:
+        """What the model writes after the task's prompts."""
+        self.display.doing("writing samples")
+        written = self.task.samples()
+        for sample in written:
+            self.log("sample", step=self.step, **asdict(sample))
+        return written
 
     # -- a budget of time
 
@@ -241,7 +225,7 @@ class Trainer:
             self.timed = self._measure(whole=False)
         sample = self.looks[-1] if self.looks else self.timed
         assert sample is not None  # only a whole one can be stopped
-        whole = sample.seconds * self.data.facts.held_out_tokens / max(1, sample.tokens)
+        whole = sample.seconds * self.task.held_out_tokens / max(1, sample.tokens)
         total = budget.seconds_of(t.budget)
         left = total * (1 - budget.SPARE) - self.seconds
         fit = budget.steps_that_fit(left, step=self.busy, look=sample.seconds, every=t.eval_every, last=whole)
@@ -253,11 +237,11 @@ class Trainer:
 
     def _rehearse(self, times: int = 4) -> float:
         """Seconds of one step, the fastest of a few: forward and backward on real batches, AdamW on zeros."""
-        place, drawn = self.batches.state(), random.get_state()
+        place, drawn = self.task.place(), random.get_state()
         seconds = []
         for _ in range(times):
             start = time.perf_counter()
-            accumulate_gradients(self.model, self._micro_batches()[0])
+            accumulate_gradients(self.model, [batch for batch, _ in self._micro_batches()])
             optim.global_norm(self.model.parameters())
             for p in self.model.parameters():
                 if p.grad is not None:
@@ -266,7 +250,7 @@ class Trainer:
             self.optimizer.zero_grad()
             seconds.append(time.perf_counter() - start)
         self.optimizer.steps = 0
-        self.batches.load_state(place)
+        self.task.go_to(place)
         random.set_state(drawn)
         return min(seconds)
 
@@ -275,19 +259,15 @@ class Trainer:
     def save(self, *, best: bool = False) -> Path:
         """Write a checkpoint of this step. Raises TrainingError rather than save weights that are not finite."""
         self.display.doing("saving a checkpoint")
-        self._weights_must_be_finite()
+        weights_must_be_finite(self)
         start, self.requests.save = time.perf_counter(), False
-        self.metrics.flush()
-        if os.fstat(self.metrics.fileno()).st_nlink == 0:
-            raise OSError(errno.ENOENT, "the run's folder was removed while it trained", str(self.run))
-        os.fsync(self.metrics.fileno())
+        self.metrics.sync()
         folder = save_step(
             self.run,
             self.step,
             best=best,
             keep_last_n=self.config.checkpointing.keep_last_n,
-            model=self.model,
-            tokenizer=self.data.tokenizer,
+            write=self.task.write,
             optimizer=self.optimizer,
             state=self.state(),
         )
@@ -304,17 +284,18 @@ class Trainer:
             "tokens": self.tokens_seen,
             "seconds": self.seconds,
             "busy": self.busy,
-            "batches": self.batches.state(),
+            "batches": self.task.place(),
             "random": random.get_state(),
             "spikes": self.spikes.state(),
             "best": asdict(self.best) if self.best else None,
+            "before": asdict(self.before) if self.before else None,
             "looks": [asdict(seen) for seen in self.looks[-1:]],  # metrics.jsonl has them all
-            "metrics_bytes": os.fstat(self.metrics.fileno()).st_size,
-            "data": {"folder": str(self.data.folder), "identity": self.data.identity},
+            "metrics_bytes": self.metrics.size,
             "config": self.config.sections(),
+            **self.task.identity(),
         }
 
-    def load_state(self, saved: Checkpoint) -> None:
+    def load_state(self, saved: Saved) -> None:
         """Stand where the checkpoint was written: the next step is the one that would have come then.
 
         metrics.jsonl is cut back to what it held, so that no step stands there twice. The model must have the
@@ -322,32 +303,23 @@ class Trainer:
         """
         state = saved.state
         self.optimizer.load_state_dict(saved.optimizer)
-        self.batches.load_state(state["batches"])
+        self.task.go_to(state["batches"])
         random.set_state(state["random"])
         self.spikes.load_state(state["spikes"])
         self.step, self.tokens_seen = int(state["step"]), int(state["tokens"])
         if self.config.training.budget:  # which chose them; else the configuration's hold
             self.steps = int(state["steps"])
         self.best = HeldOut(**state["best"]) if state["best"] else None
+        self.before = Before.of(state["before"]) if state.get("before") else None
         self.looks = [HeldOut(**seen) for seen in state["looks"]]
         self.busy, self.began = float(state["busy"]), time.perf_counter() - float(state["seconds"])
-        if os.path.getsize(self.run / METRICS) > state["metrics_bytes"]:
-            self.metrics.truncate(state["metrics_bytes"])
+        self.metrics.cut(int(state["metrics_bytes"]))
 
     # -- telling
 
-    def bits(self, loss: float) -> float:
-        """A training loss in nats per token as bits per byte, by the training text's bytes per token."""
-        facts = self.data.facts
-        return bits_per_byte(loss * facts.train_tokens, facts.train_bytes)
-
     def log(self, event: str, **values: Any) -> None:
-        """One line of metrics.jsonl. Raises OSError, with the file's name, where the disk refuses it."""
-        try:
-            self.metrics.write(json.dumps({"event": event, **values}) + "\n")
-            self.metrics.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.metrics.name) from error
+        """One line of metrics.jsonl."""
+        self.metrics.log(event, **values)
 
     def warn(self, text: str) -> None:
         """Something a person should know, though the run goes on."""
@@ -355,24 +327,23 @@ class Trainer:
         self.display.note(text)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of what `log` could not write, and said so
-            self.metrics.close()
+        self.metrics.close()
 
-    def _report(self, loss: float, norm: float, lr: float, tokens: int, seconds: float) -> None:
+    def _report(self, loss: float, norm: float, lr: float, tokens: int, positions: int, seconds: float) -> None:
         self.tokens_seen += tokens
         slow = self.step <= 2 or not self.busy  # the first step is slower than all others: the second forgets it
         self.busy = seconds if slow else 0.95 * self.busy + 0.05 * seconds
-        rate, memory = tokens / self.busy, machine.memory_used()
+        rate, memory = positions / self.busy, machine.memory_used()
         report = Report(
             step=self.step,
             steps=self.steps,
             loss=loss,
-            bits_per_byte=self.bits(loss),
+            bits_per_byte=self.task.bits_per_byte(loss),
             learning_rate=lr,
             grad_norm=norm,
             tokens=self.tokens_seen,
             tokens_per_second=rate,
-            peak_share=rate * self.model.config.flops_per_token(self.config.training.context) / self.peak_flops,
+            peak_share=rate * self.task.flops_per_token / self.peak_flops,
             memory=memory,
             memory_peak=max(memory, machine.memory_peak()),  # the system's count of the peak lags behind
             seconds=self.seconds,
@@ -389,62 +360,5 @@ class Trainer:
         if not self.looks:
             return steps
         looks = self.steps // every - self.step // every if every else 0
-        sample, held_out_tokens = self.looks[-1], self.data.facts.held_out_tokens
-        return steps + sample.seconds * (looks + held_out_tokens / max(1, sample.tokens))
-
-    # -- when something is wrong
-
-    def _watch_for_spikes(self, loss: float) -> None:
-        t = self.config.training
-        mean, far = self.spikes.mean, self.spikes.see(loss)
-        if not far or t.on_spike == "ignore":
-            return
-        what = (
-            f"step {self.step + 1}: the loss is {loss:.4f}, {far:.1f} standard deviations above its recent mean of "
-            f"{mean:.4f} (training.spike_sigma = {t.spike_sigma:g})"
-        )
-        if t.on_spike == "warn":
-            self.warn(what)
-            return
-        self.model.zero_grad()
-        self.log("error", step=self.step + 1, text=what)
-        raise TrainingError(
-            f"{what}; the weights were not updated, {self._kept()}. `entrenar resume {self.run}` goes on from there: "
-            "with --training.on_spike warn through this step, or with a smaller --lr_schedule.learning_rate"
-        )
-
-    def _not_finite(self, loss: float, norm: float, replay: Replay) -> NoReturn:
-        what = (
-            f"the loss is {loss}"
-            if not math.isfinite(loss)
-            else f"the gradient's norm is {norm} (loss {loss:.4f})"
-        )
-        self.display.doing("computing the step again, with checks")
-        found = explain(self.model, replay)
-        self.model.zero_grad()
-        self.log("error", step=self.step + 1, loss=str(loss), grad_norm=str(norm), text=f"{what}; {found}")
-        raise TrainingError(
-            f"step {self.step + 1}: {what}; {found}. The weights were not updated, {self._kept()}. "
-            + self._smaller_steps()
-        )
-
-    def _smaller_steps(self) -> str:
-        return (
-            f"A smaller --lr_schedule.learning_rate (now {self.config.lr_schedule.learning_rate:g}), a longer "
-            "--lr_schedule.warmup_steps or --training.clip_norm may help"
-        )
-
-    def _weights_must_be_finite(self) -> None:
-        for name, p in self.model.named_parameters():
-            if not math.isfinite(kernels.sum_of_squares(p.data)) and not np.isfinite(p.data).all():
-                self.log("error", step=self.step, text=f"{name} is not finite")
-                raise TrainingError(
-                    f"step {self.step}: the update made {name} infinite or not a number; nothing was saved of it, "
-                    f"{self._kept()}. A smaller --lr_schedule.learning_rate may help"
-                )
-
-    def _kept(self) -> str:
-        for name in (NEWEST, BEST):
-            if (self.run / name).exists():
-                return f"the last checkpoint is {(self.run / name).resolve().name} in {self.run}"
-        return "no checkpoint was written yet (--checkpointing.every)"
+        seen = self.looks[-1]
+        return steps + seen.seconds * (looks + self.task.held_out_tokens / max(1, seen.tokens))

@@ -16,7 +16,7 @@ from entrenar import optim, random
 from entrenar.data import ByteTokenizer
 from entrenar.formats import FormatError
 from entrenar.llama import Llama, LlamaConfig
-from entrenar.training.checkpoint import CheckpointError, load_checkpoint, newest, save_checkpoint
+from entrenar.training.checkpoint import CheckpointError, load_checkpoint, model_files, newest, save_checkpoint
 from hostile.case import Case, Family, bad_json, bytes_at, cuts, flips, not_files, others
 
 SHAPE = LlamaConfig(
@@ -60,8 +60,7 @@ def good() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(
             Path(folder, "c"),
-            model=model,
-            tokenizer=ByteTokenizer(),
+            write=model_files(model, ByteTokenizer()),
             optimizer=optimizer,
             state={"step": 400, "config": {}, "random": [1, 2]},
         )

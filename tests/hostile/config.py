@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from entrenar.training.config import Config, ConfigError, options, read_config, to_toml
-from entrenar.training.options import SECTIONS
 from hostile.case import MIB, Case, Family, bytes_at, cuts, flips, not_files
 
 NAME = "run.toml"
@@ -89,7 +88,7 @@ NUMBERS = {
 
 
 def wrong_types() -> Iterator[Case]:
-    for option in options():
+    for option in options(Config):
         for what, text in VALUES.items():
             ids = option.name == "eos_token_id" and what == "a huge list"
             yield case(
@@ -102,13 +101,13 @@ def wrong_types() -> Iterator[Case]:
 
 def any_values() -> Iterator[Case]:
     """Some are right for some options."""
-    for option in options():
+    for option in options(Config):
         for what, text in NUMBERS.items():
             yield case(f"{option.full_name} = {what}", f"[{option.section}]\n{option.name} = {text}", may_load=True)
 
 
 def wrong_tables() -> Iterator[Case]:
-    for section in SECTIONS:
+    for section in Config.SECTIONS:
         for what, text in {
             "a number": "{} = 1",
             "a text": '{} = "x"',

@@ -1,0 +1,32 @@
+"""The options of every verb that uses a model: adapters beside it, where their base is, how its weights are held."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from entrenar.kernels.packed import KINDS
+
+if TYPE_CHECKING:
+    from entrenar.cli.models import Opened
+
+OFF, BASE = "off", "base"  # what the model alone is called: to switch to, and beside others
+STORAGES = ("stored", "float32", *KINDS)
+
+
+def add_model_options(add: Callable[..., Any]) -> None:
+    """`add`: a parser's add_argument, or that of one of its groups."""
+    add("--adapter", metavar="[NAME=]DIR", action="append", default=[],
+        help="an adapter to use, or off; may come again")  # fmt: skip
+    add("--base", metavar="DIR", help="where the model of an adapter is now")
+    add("--storage", metavar="TYPE", choices=STORAGES, help="weights as nf4, fp4, q8_0, bfloat16, float32, stored")
+
+
+def opened(args: argparse.Namespace, verb: str) -> Opened:
+    """The model that was asked for, with its adapters; what is to be known of it is said on stderr."""
+    from entrenar.cli.models import open_model
+
+    return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, usual="stored",
+                      warn=lambda text: print(f"entrenar {verb}: {text}", file=sys.stderr))  # fmt: skip
