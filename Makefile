@@ -9,7 +9,8 @@ PIP     := -m pip --disable-pip-version-check --quiet
 extra    = -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
 TORCH   ?= 2.13.0
 
-.PHONY: help train finetune-lora finetune-qlora demo-base test tier1 tier2 tier3 test-peers lint sanitize bench clean
+.PHONY: help train finetune-lora finetune-qlora demo-base test tier1 tier2 tier3 test-peers lint sanitize bench \
+        memory clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -58,6 +59,9 @@ sanitize: .venv-sanitize/.ready ## the kernel suite under AddressSanitizer and U
 bench: .venv/.ready .venv-peers/.ready ## the measured tables, against NumPy, PyTorch and transformers; ARGS="--full"
 	@$(RUN) -m benchmarks $(ARGS)
 
+memory: .venv/.ready ## memory of full fine-tuning, LoRA and QLoRA: arithmetic and measured, up to 7B; ARGS="--quick"
+	@$(RUN) -m entrenar.examples.memory_benchmarks $(ARGS)
+
 clean: ## removes builds, environments and caches; runs/ stays
 	rm -rf build dist *.egg-info entrenar/_kernels*.so .venv .venv-peers .venv-sanitize
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -91,7 +95,8 @@ endef
 	@.venv-peers/bin/python $(PIP) install 'torch==$(TORCH)+cpu' 2>/dev/null \
 	    || .venv-peers/bin/python $(PIP) install 'torch==$(TORCH)+cpu' --index-url https://download.pytorch.org/whl/cpu \
 	    || .venv-peers/bin/python $(PIP) install 'torch==$(TORCH)'
-	@.venv-peers/bin/python $(PIP) install transformers accelerate bitsandbytes protobuf gguf sentencepiece -e '.[test]'
+	@.venv-peers/bin/python $(PIP) install transformers peft bitsandbytes accelerate jinja2 protobuf gguf \
+	    sentencepiece -e '.[test]'
 	@touch $@
 
 # Built from a copy: the objects of the everyday build are not these.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,11 @@ UNSET = (
 Agreement = Callable[
     [list[float], list[float]], bool
 ]  # whether two contenders' checks are of the same results
+
+
+def is_peer(contender: str) -> bool:
+    """Whether this one runs in the peers' environment: "torch", or one of several, "torch-bfloat16"."""
+    return contender.partition("-")[0] == "torch"
 
 
 class WrongResult(RuntimeError):
@@ -86,7 +91,7 @@ class Bench:
     workers: dict[str, Worker] = field(default_factory=dict)
 
     def python(self, contender: str) -> str:
-        return self.peers_python if contender == "torch" else sys.executable
+        return self.peers_python if is_peer(contender) else sys.executable
 
     def environment(self) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name not in UNSET}
@@ -129,7 +134,7 @@ class Bench:
 
     def present(self, contenders: Sequence[str]) -> list[str]:
         """Those of the contenders that can take part."""
-        return [name for name in contenders if name != "torch" or self.torch_missing is None]
+        return [name for name in contenders if not is_peer(name) or self.torch_missing is None]
 
     def race(
         self,
@@ -138,11 +143,14 @@ class Bench:
         *,
         seconds: float = 0.05,
         rounds: int | None = None,
-        agree: Agreement = agreeing,
+        agree: Agreement | Mapping[str, Agreement] = agreeing,
         workers: dict[str, Worker] | None = None,
         **args: Any,
     ) -> Times:
-        """Time a case of a group on each contender, in turns. Raises WrongResult, before timing anything."""
+        """Time a case of a group on each contender, in turns. Raises WrongResult, before timing anything.
+
+        agree   how a contender's check is compared with the first one's; by name where contenders differ in it
+        """
         workers = workers or {name: self.worker(name) for name in contenders}
         checks = {name: workers[name].prepare(group, **args) for name in contenders}
         refuse_wrong(f"{group} {args}", checks, agree)
@@ -154,9 +162,12 @@ class Bench:
         return times
 
 
-def refuse_wrong(what: str, checks: dict[str, list[float]], agree: Agreement) -> None:
+def refuse_wrong(
+    what: str, checks: dict[str, list[float]], agree: Agreement | Mapping[str, Agreement]
+) -> None:
     """Raise WrongResult unless every contender agrees with the first."""
     first, *others = checks
     for other in others:
-        if not agree(checks[first], checks[other]):
+        agrees = agree if callable(agree) else agree.get(other, agreeing)
+        if not agrees(checks[first], checks[other]):
             raise WrongResult(f"{what}: {first} computed {checks[first]}, {other} {checks[other]}")

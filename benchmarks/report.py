@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,13 +20,12 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 class Target:
     """At least, or at most, this much."""
 
-    sense: str  # ">=" "<=" "<"
+    sense: str  # ">=" "<=" ">" "<"
     value: float
 
     def met(self, measured: float) -> bool:
-        return {">=": measured >= self.value, "<=": measured <= self.value, "<": measured < self.value}[
-            self.sense
-        ]
+        compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[self.sense]
+        return compare(measured, self.value)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A contender's process: `python -P benchmarks/worker.py entrenar|numpy|torch`. Started by driver.py."""
+"""A contender's process: `python -P benchmarks/worker.py entrenar|numpy|torch|...`. Started by driver.py."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     contender = sys.argv[1]
-    if contender == "torch":
+    if contender.partition("-")[0] == "torch":
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

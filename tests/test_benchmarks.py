@@ -17,7 +17,19 @@ from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.arrays import agree, fingerprint, normal  # noqa: E402
 from benchmarks.driver import Bench, Times, WrongResult  # noqa: E402
-from benchmarks.groups import GROUPS, default_run, gemm, machine, ops, startup, step  # noqa: E402
+from benchmarks.groups import (  # noqa: E402
+    GROUPS,
+    bases,
+    decode,
+    default_run,
+    finetune,
+    gemm,
+    machine,
+    ops,
+    packed,
+    startup,
+    step,
+)
 from benchmarks.protocol import Worker, WorkerError, peak_memory  # noqa: E402
 from benchmarks.report import Report, Row, Target  # noqa: E402
 from benchmarks.spread import Spread, geometric_mean, ratios  # noqa: E402
@@ -90,6 +102,7 @@ def test_the_better_peer_is_chosen_by_its_median():
 def test_a_target_is_met_on_its_own_side_only():
     assert Target(">=", 0.9).met(0.9) and not Target(">=", 0.9).met(0.899)
     assert Target("<=", 0.6).met(0.6) and not Target("<", 0.6).met(0.6)
+    assert Target(">", 1.0).met(1.001) and not Target(">", 1.0).met(1.0)
 
 
 # -- comparing results
@@ -136,6 +149,13 @@ def test_a_contender_that_computes_something_else_is_refused_before_timing(bench
         bench.race("group", ["quick", contender])
 
 
+def test_each_contender_may_be_compared_in_its_own_way(bench):
+    forgiving = {"wrong": lambda a, b: True}
+    assert list(bench.race("group", ["quick", "wrong"], seconds=0.001, agree=forgiving).seconds) == ["quick", "wrong"]
+    with pytest.raises(WrongResult, match="nan"):
+        bench.race("group", ["quick", "wrong", "nan"], agree=forgiving)
+
+
 def test_a_step_with_a_wrong_loss_is_refused(bench):
     assert step.same_losses([10.3735, 9.9], [10.37355, 9.9])
     assert not step.same_losses([10.3735, 9.9], [10.3735, 9.9002])
@@ -163,6 +183,8 @@ def test_a_contender_that_dies_leaves_its_last_words_and_is_started_again(bench)
 def test_a_peer_that_is_not_installed_is_left_out(tmp_path):
     bench = Bench(peers_python=str(tmp_path / "python"))
     assert bench.present(("entrenar", "numpy", "torch")) == ["entrenar", "numpy"]
+    assert bench.present(("entrenar-nf4", "torch-bfloat16")) == ["entrenar-nf4"]
+    assert bench.python("torch-bfloat16") == bench.peers_python and bench.python("entrenar-nf4") == sys.executable
     assert "peer not installed" in bench.torch_missing
 
 
@@ -216,7 +238,7 @@ def test_groups_are_chosen_by_name_and_slow_ones_only_when_asked_for():
     def names(*arguments):
         return command.chosen(command.parser().parse_args(arguments))
 
-    assert names() == ["gemm", "step", "ops", "startup", "engine"]
+    assert names() == ["gemm", "step", "ops", "startup", "engine", "packed", "finetune", "decode"]
     assert names("--only", "step,gemm") == ["gemm", "step"]
     assert names("--full", "--default-run") == list(GROUPS)
     assert names("--only", "default-run") == ["default_run"]
@@ -344,3 +366,81 @@ def test_the_outcome_of_a_run_is_read_from_its_metrics():
               {"event": "step", "step": 2, "seconds": 1.0},
               {"event": "held_out", "bits_per_byte": 1.6, "whole": True}]  # fmt: skip
     assert default_run.outcome("\n".join(map(json.dumps, events))) == (1.0, 1.6, 2)
+
+
+# -- packed layers, fine-tuning, decoding
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base and an adapter of the tiny model, as contenders are given them."""
+    folder = tmp_path_factory.mktemp("base")
+    paths = {"base": str(folder / "base"), "adapter": str(folder / "adapter")}
+    bases.write("tiny", as_float32=False, **paths)
+    return paths
+
+
+@pytest.mark.parametrize("rows", [64, 1])
+def test_packed_layers_agree_with_the_floats_they_stand_for(rows, monkeypatch):
+    monkeypatch.setattr(packed, "BEYOND_CACHES", 1 << 20)
+    shape = {"outputs": 128, "inputs": 192, "rows": rows}
+    kinds = (packed.NF4, packed.FLOAT32) if rows > 1 else (packed.NF4, packed.BFLOAT16)
+    first, second = (packed.CONTENDERS[kind](**shape) for kind in kinds)
+    assert (packed.roughly if rows == 1 else step_like)(first.check, second.check)
+    assert not packed.roughly(first.check, [2 * x for x in second.check])
+    first.run()
+
+
+def step_like(a, b):
+    return agree(a, b, tolerance=1e-4)
+
+
+def test_copies_of_a_matrix_are_more_than_a_cache_and_lie_apart():
+    from entrenar.quant import quantize
+
+    weight = quantize(normal(0, 64, 64), "nf4")
+    assert packed.how_many(weight.nbytes) * weight.nbytes >= packed.BEYOND_CACHES
+    other = packed.another(weight)
+    assert not np.shares_memory(weight.codes, other.codes) and (weight.codes == other.codes).all()
+
+
+def test_methods_of_fine_tuning_start_from_the_same_loss(folders):
+    case = {"model": "tiny", "batch": 2, "context": 16, **folders}
+    full, lora, qlora = (finetune.CONTENDERS[name](**case).check for name in
+                         (finetune.FULL, finetune.LORA, finetune.QLORA))  # fmt: skip
+    assert finetune.AGREE[finetune.QLORA](lora, qlora) and finetune.AGREE[finetune.FULL](lora, full)
+    assert not finetune.AGREE[finetune.QLORA](lora, full)  # after one step they are different models
+
+
+def test_losses_that_differ_are_refused_whatever_the_peer_computes_in():
+    assert finetune.AGREE[finetune.PEFT]([10.0, 9.0, 8.0], [10.0001, 9.0, 8.0])
+    assert not finetune.AGREE[finetune.PEFT]([10.0, 9.0, 8.0], [10.0, 9.001, 8.0])
+    assert finetune.AGREE[finetune.PEFT_BFLOAT16]([10.0], [10.02])
+    assert not finetune.AGREE[finetune.PEFT_BFLOAT16]([10.0, 9.0], [10.0, 9.1])
+
+
+def test_the_faster_peer_counts_and_the_slower_is_told(bench):
+    seconds = {finetune.QLORA: [1.0], finetune.PEFT_FLOAT32: [4.0], finetune.PEFT_BFLOAT16: [2.0]}
+    peaks = {name: (i + 1) << 20 for i, name in enumerate(seconds)}
+    how = (bench, "a step", 100, Times(seconds), peaks, Target(">=", 1.5), Target("<=", 0.3))
+    speed, memory = finetune.against_peft(*how)
+    assert speed.measured.median == 2.0 and speed.met
+    assert speed.note == "100 tokens/s to 50 of PEFT, computing in bfloat16, 25 of PEFT, computing in float32"
+    assert memory.measured.median == pytest.approx(1 / 3) and not memory.met
+
+
+def test_decoding_agrees_between_formats_and_goes_on_beyond_its_longest_text(folders, monkeypatch):
+    monkeypatch.setattr(decode, "LONGEST", 3)
+    nf4, bfloat16 = (decode.CONTENDERS[name](model="tiny", tokens=1, **folders) for name in
+                     (decode.NF4, decode.BFLOAT16))  # fmt: skip
+    assert decode.AGREE[decode.BFLOAT16](nf4.check, bfloat16.check)
+    assert not decode.AGREE[decode.BFLOAT16](nf4.check, [-x for x in bfloat16.check])
+    assert all(isinstance(nf4.run(), int) for _ in range(8))
+    decode.CONTENDERS[decode.NF4](model="tiny", tokens=32, **folders).run()
+
+
+def test_models_of_the_benchmarks_are_the_shapes_they_are_named_after():
+    from entrenar.llama import LlamaConfig
+
+    counts = {name: LlamaConfig(**model).parameter_count() for name, model in bases.MODELS.items()}
+    assert counts["124m"] == 137_841_408 and counts["1.1b"] == 1_100_048_384

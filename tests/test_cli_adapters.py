@@ -144,7 +144,8 @@ def test_weights_are_held_as_asked_for_and_by_a_run_as_it_held_them(made, tmp_pa
     run = tuned.run(tmp_path / "run", made / "base", storage="nf4")
     held = {m.kind for _, m in open_model(run).model.named_packed()}
     other = {m.kind for _, m in open_model(run, storage="bfloat16").model.named_packed()}
-    assert (asked, held, other) == ({"q8_0"}, {"nf4"}, {"bfloat16"})
+    beside = {m.kind for _, m in open_model(made / "base", adapters=[str(run), str(made / "one")]).model.named_packed()}
+    assert (asked, held, other, beside) == ({"q8_0"}, {"nf4"}, {"bfloat16"}, {"nf4"})
 
 
 def test_a_checkpoint_that_says_nonsense_of_its_base_is_read_as_far_as_it_makes_sense(made, tmp_path):

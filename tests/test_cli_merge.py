@@ -225,7 +225,7 @@ def test_a_real_run_is_talked_to_compared_merged_and_exported(tmp_path, monkeypa
     capsys.readouterr()
     ask = ("--prompt", "say red and blue", "--temperature", 0, "--max-tokens", 8)
     code, tuned_says, _ = command(capsys, "chat", "run", *ask)
-    assert code == 0 and command(capsys, "chat", "base", "--storage", "nf4", "--adapter", "run", *ask)[1] == tuned_says
+    assert code == 0 and command(capsys, "chat", "base", "--adapter", "run", *ask)[1] == tuned_says
     base_says = command(capsys, "chat", "run", "--adapter", "off", *ask)[1]
     assert command(capsys, "chat", "run", "--compare", *ask)[1] == f"-- base\n{base_says}-- run\n{tuned_says}"
     assert base_says != tuned_says

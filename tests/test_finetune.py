@@ -395,3 +395,11 @@ def test_a_row_that_makes_a_value_that_is_no_number_is_named_by_file_and_line(pl
     told = capsys.readouterr().err
     assert f"chats.jsonl line {len(rows)}." in told and "made by Embedding" in told, told
     assert f"(id {only_there})" in told
+
+
+def test_rows_are_as_long_as_the_base_takes_unless_said():
+    """The base of these runs has positions for 128 tokens; the default of 512 would not fit."""
+    config = read_config(None, [("base.model", "base"), ("data.source", "chats.jsonl")], FineTuning)
+    assert config.data.max_length is None and config.settled.data.max_length == 128
+    config.data.max_length = 64
+    assert config.settled.data.max_length == 64

@@ -63,9 +63,9 @@ def measured_run(folder: Path, name: str, text: Path, run: str, **changes) -> tu
     prepare(str(text), vocab_size=vocab_size, held_out=values["held_out"], cache=str(values["cache"]))
     out = folder / run
     words = [f"--{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, Path(__file__).with_name("plan_measure.py"), folder / f"{run}.peak"]
-    done = subprocess.run([*command, "train", "--config", CONFIGS / f"{name}.toml", "--out", out, *words], env=SAME_PACKAGE,
-                          capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, Path(__file__).with_name("plan_measure.py"), folder / f"{run}.peak", "train"]
+    command += ["--config", CONFIGS / f"{name}.toml", "--out", out, *words]
+    done = subprocess.run(command, env=SAME_PACKAGE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with open(out / "metrics.jsonl", encoding="utf-8") as lines:
         start = json.loads(lines.readline())

@@ -1,10 +1,11 @@
 """What is measured. One file per group, and in each: `rows(bench)`, a generator of report rows, run by the
-driver; CONTENDERS, which build a case in a contender's process; and whatever else the driver asks one.
+driver; CONTENDERS, which build a case in a contender's process; and whatever else the driver asks one. (bases.py has
+no rows: it is what finetune.py and decode.py start from.)
 
 torch and entrenar are imported inside functions: each is there in one kind of process only.
 """
 
-from benchmarks.groups import default_run, engine, gemm, install, ops, startup, step
+from benchmarks.groups import decode, default_run, engine, finetune, gemm, install, ops, packed, startup, step
 
 GROUPS = {
     "gemm": gemm,
@@ -12,6 +13,9 @@ GROUPS = {
     "ops": ops,
     "startup": startup,
     "engine": engine,
+    "packed": packed,
+    "finetune": finetune,
+    "decode": decode,
     "install": install,  # with --full
     "default_run": default_run,  # with --default-run
 }

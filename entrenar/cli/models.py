@@ -76,7 +76,8 @@ def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Se
 
     adapters   "FOLDER", "NAME=FOLDER", or "off" for the model alone; none: the model as `path` says
     base       where the model of the adapter `path` is
-    storage    how to hold the weights; None: as a fine-tuning run held them, else as `usual` says (None: as float32)
+    storage    how to hold the weights; None: as the run of the first adapter held them, else as `usual` says (None: as
+               float32)
     warn       is told of each newer checkpoint of a run that is broken and was passed over, and of a base that is
                another than the adapter was trained on
 
@@ -98,7 +99,7 @@ def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Se
     for one in asked.adapters:
         if one not in own:
             the_same(one.folder, folder, warn)
-    how = {} if storage or is_quantized(folder) or not own else held_as(own[0].folder)
+    how = {} if storage or is_quantized(folder) or not asked.adapters else held_as(asked.adapters[0].folder)
     model = Llama.from_pretrained(folder, **{"storage": storage or usual, **how})
     tokenizer = _tokenizer(folder, asked.adapters, model, warn)
     _must_match(path, tokenizer, model)

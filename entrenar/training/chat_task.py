@@ -49,7 +49,7 @@ class ChatTask:
         t = config.training
         self.config, self.data, self.model = config, data, model
         self.write, self.base, self.lines = write, dict(base), lines
-        self.context = config.data.max_length
+        self.context = config.data.longest
         self.batches = self.check(config, data)
         self.steps = length_of(config, data).steps
         self.flops_per_token = flops(model.config, sum(p.size for p in model.parameters()), self.context)
@@ -60,7 +60,7 @@ class ChatTask:
     def check(config: FineTuning, data: ChatData) -> ExampleBatches:
         """The batches. Raises CorpusError where there is nothing to make them of."""
         t, d = config.training, config.data
-        return ExampleBatches(data.train, batch_size=t.batch_size, context=d.max_length, seed=t.seed, packing=d.packing)
+        return ExampleBatches(data.train, batch_size=t.batch_size, context=d.longest, seed=t.seed, packing=d.packing)
 
     # -- training
 
@@ -213,7 +213,7 @@ def length_of(config: FineTuning, data: ChatData) -> Length:
     steps = t.steps or max(1, math.ceil(t.epochs * len(batches.rows) / (t.batch_size * t.accumulation) - 1e-9))
     longest = max(int(batches.needs[row].sum()) for row in batches.rows)
     trained = data.facts.train_trained / max(1, int(batches.needs.sum()))
-    return Length(steps, min(config.data.max_length, -(-longest // MULTIPLE) * MULTIPLE), min(1.0, trained))
+    return Length(steps, min(config.data.longest, -(-longest // MULTIPLE) * MULTIPLE), min(1.0, trained))
 
 
 def part_of(examples: Examples, tokens: int) -> Examples:

@@ -40,6 +40,7 @@ from entrenar.training.pretrain import DATA
 
 def plan(config: FineTuning) -> Plan:
     """What such a run would need."""
+    config = config.settled
     return make_plan(config, base_shape(config))
 
 
@@ -133,9 +134,9 @@ def base_shape(config: FineTuning) -> LlamaConfig:
     shorter than the rows."""
     folder = config.base.folder
     shape = read_shape(folder, trainable=config.adapter.kind == FULL)
-    if config.data.max_length > shape.max_position_embeddings:
+    if config.data.longest > shape.max_position_embeddings:
         raise ConfigError(
-            f"data.max_length = {config.data.max_length}: the model in {folder} has positions for "
+            f"data.max_length = {config.data.longest}: the model in {folder} has positions for "
             f"{shape.max_position_embeddings}"
         )
     return shape
@@ -170,7 +171,7 @@ def examples(config: FineTuning, run: Path, display: Display) -> ChatData:
         tokenizer,
         template=template,
         train_on=d.train_on,
-        max_length=d.max_length + 1,
+        max_length=d.longest + 1,
         held_out=d.held_out,
         seed=config.training.seed,
         keys=Keys(**d.keys),

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training.option import Places, Sections, option
 from entrenar.training.options import Checkpointing, LearningRate, Loop, loop_contradictions
 
 STORAGES = ("auto", "float32", "bfloat16", "q8_0", "nf4", "fp4")
 FULL = "full"  # the kind of adapter that is none: all weights are trained
+LONGEST = 512  # tokens of a row, where the model has positions for more
 PEAK = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5}  # learning rates by kind of adapter
 
 
@@ -114,11 +116,19 @@ class FineData:
         "whose words are learned; completion: the last answer alone",
         choices=("assistant", "completion", "all"),
     )
-    max_length: int = option(512, "tokens of a row at most", low=2)
+    max_length: int | None = option(
+        None, "tokens of a row at most; none: 512, or as many as the model has positions for", low=2
+    )
     packing: bool = option(True, "several conversations in a row, none of which sees another")
     keys: dict[str, str] = option({}, "what the rows call text, prompt, completion, messages, where not so")
     template: str = option("", "file of a chat template; empty: the model's own, or entrenar's where it has none")
     skip_bad: bool = option(False, "leave out rows that cannot be read, instead of an error")
+
+    @property
+    def longest(self) -> int:
+        """max_length of a run's settled options."""
+        assert self.max_length is not None
+        return self.max_length
 
 
 @dataclass
@@ -144,10 +154,19 @@ class FineTuning(Sections):
 
     @property
     def settled(self) -> FineTuning:
-        """With the learning rate that goes with the kind of adapter, where none is given."""
+        """With what goes with the kind of adapter and with the base, where nothing is given: learning rate, max_length.
+
+        Raises FormatError where there is no base that can be read.
+        """
         lr = self.lr_schedule
         rate = PEAK[self.adapter.kind] if lr.learning_rate is None else lr.learning_rate
-        return replace(self, lr_schedule=replace(lr, learning_rate=rate))
+        config = replace(self, lr_schedule=replace(lr, learning_rate=rate))
+        return config if self.data.max_length else config.fitting(read_shape(self.base.folder).max_position_embeddings)
+
+    def fitting(self, positions: int) -> FineTuning:
+        """With rows that a model with so many positions takes, where their length is not given."""
+        length = self.data.max_length or min(LONGEST, positions)
+        return replace(self, data=replace(self.data, max_length=length))
 
     def contradictions(self, at: Places) -> list[str]:
         full, problems = self.adapter.kind == FULL, []

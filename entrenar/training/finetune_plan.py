@@ -58,9 +58,10 @@ def make_plan(config: FineTuning, shape: LlamaConfig, length: Length | None = No
 
     Raises ConfigError for an adapter that cannot be.
     """
+    config = config.fitting(shape.max_position_embeddings)
     t, tried, program = config.training, trial(config, shape), measured_program()
     share = length.trained if length else 1.0
-    context = length.tokens if length else config.data.max_length
+    context = length.tokens if length else config.data.longest
     config = with_changes(config, {"data.max_length": context})
     arrays = predicted(config, shape, share)
     beside = [Buffer(PROGRAM, program, "measured here")]
@@ -103,12 +104,12 @@ def rehearsal(config: FineTuning, shape: LlamaConfig, trained: float) -> Rehears
     t = config.training
     if config.adapter.kind == FULL:
         return Rehearsal(
-            shape, t.batch_size, config.data.max_length, t.accumulation, t.activation_checkpointing,
+            shape, t.batch_size, config.data.longest, t.accumulation, t.activation_checkpointing,
             kernels.get_num_threads(), Heap(own_mapping()),
         )  # fmt: skip
     tried = trial(config, shape)
     return FineRehearsal(
-        shape, t.batch_size, config.data.max_length, t.accumulation, t.activation_checkpointing,
+        shape, t.batch_size, config.data.longest, t.accumulation, t.activation_checkpointing,
         kernels.get_num_threads(), Heap(own_mapping()), tried.low_rank, tried.whole, held(config, shape), trained,
     )  # fmt: skip
 
@@ -144,7 +145,7 @@ def ways(config: FineTuning) -> Iterator[list[Changes]]:
     if config.base.storage in ("auto", "float32", "bfloat16"):
         stored = [*([less] if less else []), *({**less, "base.storage": kind} for kind in kinds)]
     yield stored
-    yield from ladders(t, "data.max_length", d.max_length)
+    yield from ladders(t, "data.max_length", d.longest)
     if stored:  # and the last steps of all of these together
-        last = [ladder[-1] for ladder in ladders(t, "data.max_length", d.max_length) if ladder]
+        last = [ladder[-1] for ladder in ladders(t, "data.max_length", d.longest) if ladder]
         yield [stored[-1] | changes for changes in last[1:]]

@@ -1,0 +1,182 @@
+"""Writing text with a model in NF4: a token at a time, and a prompt at once.
+
+Against transformers with bitsandbytes on the same folder, and against our own bfloat16: there three and a half times
+as many bytes come from memory for each token, which is what decoding waits for. Logits after the prompt must agree.
+
+bitsandbytes has a kernel for this on processors that have AVX-512 with bfloat16; the third of its contenders does
+without, as it does everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.arrays import agree, fingerprint, integers
+from benchmarks.driver import Agreement, Bench, Times, is_peer
+from benchmarks.groups import bases
+from benchmarks.protocol import Case
+from benchmarks.report import Row, Target
+from benchmarks.spread import Spread
+
+PROMPT = 16  # tokens before the first that is timed
+LONGEST = 128  # tokens until the text begins anew: attention costs next to nothing all the way
+FEW_ROUNDS = 3
+TOLERANCE = 1e-3  # of the logits' length, in float32; bfloat16 has 8 binary digits, and errors add up over the layers:
+TOLERANCE_BFLOAT16 = 0.1
+GB = 1e9
+
+NF4, BFLOAT16 = "entrenar-nf4", "entrenar-bfloat16"
+PEER_FLOAT32, PEER_BFLOAT16, PEER_PORTABLE = "torch-float32", "torch-bfloat16", "torch-portable"
+NAMES = {
+    PEER_FLOAT32: "transformers in float32",
+    PEER_BFLOAT16: "transformers in bfloat16",
+    PEER_PORTABLE: "bitsandbytes without its AVX-512 kernel",
+}
+
+
+# -- contenders
+
+
+def with_entrenar(kind: str, model: str, base: str, adapter: str, tokens: int) -> Case:
+    """tokens = 1: the next token of a text; more: a prompt of so many."""
+    from entrenar.llama import Llama, generate
+    from entrenar.llama.model import KVCache
+    from entrenar.tensor import no_grad
+
+    llama = Llama.from_pretrained(base)
+    if kind == BFLOAT16:
+        to_bfloat16(llama)
+    prompt = first_tokens(model, max(tokens, PROMPT))
+    with no_grad():
+        last = llama(prompt[None]).data[0, -1]
+
+    def read() -> None:
+        with no_grad():
+            cache = KVCache(llama.config, capacity=len(prompt))
+            llama.logits(llama.hidden(prompt[None], cache)[:, -1:])
+
+    def texts() -> Iterator[int]:
+        while True:
+            yield from generate(llama, prompt, max_new_tokens=LONGEST, temperature=0)
+
+    text = texts()
+    next(text)  # reads the prompt
+    return Case(read if tokens > 1 else partial(next, text), fingerprint(last))
+
+
+def to_bfloat16(llama: Any) -> None:
+    from entrenar import kernels
+    from entrenar.llama.packed import place
+    from entrenar.quant import quantize
+
+    for name, packed in list(llama.named_packed()):
+        place(llama, name, quantize(kernels.unpack(packed), "bfloat16"))
+
+
+def with_torch(compute: str, portable: bool, model: str, base: str, adapter: str, tokens: int) -> Case:
+    """What `generate` does for each token, without what it does around: the model, its cache, the best token."""
+    import torch
+    from transformers import DynamicCache
+
+    llama = bases.torch_model(base, compute, compute, portable=portable).eval()
+    prompt = torch.from_numpy(first_tokens(model, max(tokens, PROMPT)))[None]
+    cache, ids = DynamicCache(), prompt
+
+    def read() -> torch.Tensor:
+        with torch.inference_mode():
+            return llama(prompt, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    def next_token() -> None:
+        nonlocal cache, ids
+        if cache.get_seq_length() > LONGEST:
+            cache, ids = DynamicCache(), prompt
+        with torch.inference_mode():
+            logits = llama(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1:].argmax(-1)
+
+    last = read().float().numpy()
+    next_token()  # reads the prompt
+    return Case(read if tokens > 1 else next_token, fingerprint(last))
+
+
+CONTENDERS = {
+    NF4: partial(with_entrenar, NF4),
+    BFLOAT16: partial(with_entrenar, BFLOAT16),
+    PEER_FLOAT32: partial(with_torch, "float32", False),
+    PEER_BFLOAT16: partial(with_torch, "bfloat16", False),
+    PEER_PORTABLE: partial(with_torch, "float32", True),
+}
+
+
+def first_tokens(model: str, count: int) -> np.ndarray:
+    return integers(1, bases.MODELS[model]["vocab_size"], count)
+
+
+# -- the driver's side
+
+
+def within(tolerance: float, a: list[float], b: list[float]) -> bool:
+    return agree(a, b, tolerance=tolerance)
+
+
+# bitsandbytes' kernel for a model that is not trained computes in bfloat16, whatever it was asked for.
+AGREE: dict[str, Agreement] = {
+    **dict.fromkeys((BFLOAT16, PEER_FLOAT32, PEER_BFLOAT16), partial(within, TOLERANCE_BFLOAT16)),
+    PEER_PORTABLE: partial(within, TOLERANCE),
+}
+
+
+def rows(bench: Bench, model: str = "1.1b", prompt: int = 256) -> Iterator[Row]:
+    contenders = bench.present((NF4, BFLOAT16, PEER_FLOAT32, PEER_BFLOAT16, PEER_PORTABLE))
+    with bases.written(bench, model) as folders:
+        workers = {name: bench.start(name) for name in contenders}
+        try:
+            how: dict[str, Any] = dict(seconds=0.5, rounds=min(bench.rounds, FEW_ROUNDS), agree=AGREE, workers=workers)
+            times = bench.race("decode", contenders, model=model, tokens=1, **folders, **how)
+            peaks = {name: worker.peak() for name, worker in workers.items()}
+            reading = bench.race("decode", contenders, model=model, tokens=prompt, **folders, **how)
+        finally:
+            for worker in workers.values():
+                worker.close()
+    yield from decoding(bench, f"{model} decoding in NF4", times, peaks)
+    what = f"{model} in NF4, a prompt of {prompt} tokens"
+    speed = {name: prompt / reading.of(name).median for name in contenders}
+    note = f"{speed[NF4]:.0f} tokens/s, {speed[BFLOAT16]:.0f} of our bfloat16"
+    if (peer := faster_peer(reading)) is None:
+        yield Row("decode", f"{what}: speed", "tokens/s", Spread.of([speed[NF4]]), None, "", note)
+        return
+    ratio = reading.speedup(of=NF4, over=peer)
+    yield Row("decode", f"{what}: speed over transformers", "x", ratio, None, "", f"{note}, {of_peers(speed, 0)}")
+
+
+def faster_peer(times: Times) -> str | None:
+    peers = [name for name in times.seconds if is_peer(name)]
+    return min(peers, key=lambda name: times.of(name).median, default=None)
+
+
+def of_peers(speed: dict[str, float], digits: int) -> str:
+    return ", ".join(f"{speed[name]:.{digits}f} of {words}" for name, words in NAMES.items())
+
+
+def decoding(bench: Bench, what: str, times: Times, peaks: dict[str, int]) -> Iterator[Row]:
+    speed = {name: 1 / times.of(name).median for name in times.seconds}
+    details = {"tokens_per_second": speed, "peak_bytes": peaks, "seconds": times.seconds}
+    if (peer := faster_peer(times)) is None:
+        note = bench.torch_missing or ""
+        yield Row("decode", f"{what}: speed", "tokens/s", Spread.of([speed[NF4]]), None, "", note, details)
+    else:
+        note = f"{speed[NF4]:.1f} tokens/s to {of_peers(speed, 2)}"
+        ratio = times.speedup(of=NF4, over=peer)
+        yield Row("decode", f"{what}: speed over transformers", "x", ratio, Target(">=", 30.0), "", note, details)
+        name = f"{what}: speed over transformers where bitsandbytes has no kernel for it"
+        yield Row("decode", name, "x", times.speedup(of=NF4, over=PEER_PORTABLE))
+    note = f"{speed[NF4]:.1f} tokens/s to {speed[BFLOAT16]:.1f}"
+    ratio = times.speedup(of=NF4, over=BFLOAT16)
+    yield Row("decode", f"{what}: speed over our bfloat16", "x", ratio, Target(">", 1.0), "", note)
+    others = ", ".join(f"{name} {peak / GB:.2f}" for name, peak in peaks.items() if name != NF4)
+    memory = Spread.of([peaks[NF4] / GB])
+    yield Row("decode", f"{what}: peak memory", "GB", memory, Target("<=", 1.2), "", f"whole process; {others}")
