@@ -14,7 +14,7 @@ TORCH   ?= 2.13.0
 .DEFAULT_GOAL := help
 
 help: ## what there is
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 train: .venv/.ready ## train a LLaMA on real text, within three minutes; ARGS="--section.key value" to change it
 	@$(RUN) -m entrenar train $(ARGS)
