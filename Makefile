@@ -9,14 +9,24 @@ PIP     := -m pip --disable-pip-version-check --quiet
 extra    = -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
 TORCH   ?= 2.13.0
 
-.PHONY: help train test tier1 tier2 tier3 test-peers lint sanitize bench memory clean
+.PHONY: help train finetune-lora finetune-qlora demo-base test tier1 tier2 tier3 test-peers lint sanitize bench \
+        memory clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 train: .venv/.ready ## train a LLaMA on real text, within three minutes; ARGS="--section.key value" to change it
 	@$(RUN) -m entrenar train $(ARGS)
+
+finetune-lora: .venv/.ready ## a small model learns to read dates with LoRA, measured before and after; ARGS="--adapter.r 4"
+	@$(RUN) -m entrenar.examples.finetune_lora $(ARGS)
+
+finetune-qlora: .venv/.ready ## the same with QLoRA: the base held in 4 bits
+	@$(RUN) -m entrenar.examples.finetune_qlora $(ARGS)
+
+demo-base: .venv/.ready ## trains that small model again (it is shipped), into runs/demo-base; minutes
+	@$(RUN) -m entrenar.examples.train_base runs/demo-base $(ARGS)
 
 test: tier3 ## every test that needs no other project's code
 

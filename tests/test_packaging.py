@@ -189,6 +189,11 @@ def test_the_main_job_explains_itself_once_installed(installed, folder):
     assert "--config" in done.stdout
 
 
+def test_the_base_of_the_demonstrations_loads_once_installed(installed, folder):
+    code = "from entrenar.examples import train_base, demo_task; demo_task.Llama.from_pretrained(train_base.BASE)"
+    execute(installed, "-c", code, cwd=folder)
+
+
 # From an sdist and a wheel
 
 
@@ -206,7 +211,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "entrenar").rglob("*.py")}
-    assert package | {"entrenar/py.typed"} <= set(names)
+    base = {f"entrenar/examples/base/{path.name}" for path in (ROOT / "entrenar/examples/base").iterdir()}
+    assert package | base | {"entrenar/py.typed"} <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "entrenar",
         f"entrenar-{wheel.name.split('-')[1]}.dist-info",
