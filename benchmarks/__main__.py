@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.driver import ROOT, Bench, WrongResult
+from benchmarks.driver import ISAS, ROOT, Bench, WrongResult
 from benchmarks.groups import GROUPS, machine
 from benchmarks.protocol import WorkerError
 
@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", metavar="GROUPS", help=f"some of: {','.join(GROUPS)}")
     p.add_argument("--rounds", type=int, default=5, help=f"per case; fewer than {RECORDED} are not recorded")
     p.add_argument("--threads", type=int, default=usual_threads())
+    p.add_argument("--isa", choices=[name for name in ISAS if name], default="",
+                   help="hold every contender to this instruction set")  # fmt: skip
     p.add_argument("--full", action="store_true", help="with the 124m model and the size of an installation")
     p.add_argument(
         "--default-run", action="store_true", help="with the default training run, about four minutes"
@@ -80,7 +82,7 @@ def record(result: report.Report, args: argparse.Namespace) -> list[Path]:
     if args.rounds < RECORDED or not result.rows:
         return []
     written = [result.write_dated(args.results)]
-    if args.threads == usual_threads() and "ENTRENAR_ISA" not in os.environ:
+    if args.threads == usual_threads() and not args.isa and "ENTRENAR_ISA" not in os.environ:
         written.append(result.write_latest(args.results, list(GROUPS)))
         if args.docs.exists():
             result.write_docs(args.docs)
@@ -91,7 +93,8 @@ def record(result: report.Report, args: argparse.Namespace) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     names = chosen(args)
-    bench = Bench(peers_python=args.peers_python, rounds=args.rounds, threads=args.threads, full=args.full)
+    bench = Bench(peers_python=args.peers_python, rounds=args.rounds, threads=args.threads, full=args.full,
+                  isa=args.isa)  # fmt: skip
     try:
         result, fine = run(bench, names)
     finally:

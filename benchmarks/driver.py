@@ -39,6 +39,19 @@ UNSET = (
 )
 
 
+# What holds entrenar, PyTorch (with oneDNN and MKL in it) and NumPy's OpenBLAS to an instruction set.
+ISAS: dict[str, dict[str, str]] = {
+    "": {},
+    "avx2": {
+        "ENTRENAR_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+    },
+}
+
+
 Agreement = Callable[
     [list[float], list[float]], bool
 ]  # whether two contenders' checks are of the same results
@@ -83,6 +96,7 @@ class Bench:
     rounds: int = 5
     threads: int = 2
     full: bool = False
+    isa: str = ""  # every contender is held to this instruction set; empty: to none
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     root: Path = ROOT
     machine: dict[str, Any] = field(
@@ -96,7 +110,7 @@ class Bench:
     def environment(self) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name not in UNSET}
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ENTRENAR_NUM_THREADS")
-        return env | dict.fromkeys(names, str(self.threads)) | {"HF_HUB_OFFLINE": "1"}
+        return env | dict.fromkeys(names, str(self.threads)) | {"HF_HUB_OFFLINE": "1"} | ISAS[self.isa]
 
     def start(self, contender: str) -> Worker:
         """A new process of this contender, the caller's to close."""

@@ -284,6 +284,7 @@ def test_a_trial_is_not_written_down_and_an_unusual_run_only_into_the_history(tm
 
     assert written("--rounds", "1") == []
     assert written("--threads", "7") == ["2026-11-20T100000.json"]
+    assert written("--isa", "avx2") == ["2026-11-20T100000.json"]
     assert "old" in docs.read_text()
     assert written() == ["2026-11-20T100000.json", "latest.json", "benchmarks.md"]
     assert "a product" in docs.read_text()
@@ -376,7 +377,7 @@ def folders(tmp_path_factory):
     """A base and an adapter of the tiny model, as contenders are given them."""
     folder = tmp_path_factory.mktemp("base")
     paths = {"base": str(folder / "base"), "adapter": str(folder / "adapter")}
-    bases.write("tiny", as_float32=False, **paths)
+    bases.write("tiny", kind="nf4", **paths)
     return paths
 
 
@@ -407,7 +408,7 @@ def test_copies_of_a_matrix_are_more_than_a_cache_and_lie_apart():
 def test_methods_of_fine_tuning_start_from_the_same_loss(folders):
     case = {"model": "tiny", "batch": 2, "context": 16, **folders}
     full, lora, qlora = (finetune.CONTENDERS[name](**case).check for name in
-                         (finetune.FULL, finetune.LORA, finetune.QLORA))  # fmt: skip
+                         (finetune.FULL, finetune.LORA_FLOAT32, finetune.QLORA))  # fmt: skip
     assert finetune.AGREE[finetune.QLORA](lora, qlora) and finetune.AGREE[finetune.FULL](lora, full)
     assert not finetune.AGREE[finetune.QLORA](lora, full)  # after one step they are different models
 

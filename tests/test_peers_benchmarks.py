@@ -18,9 +18,9 @@ from benchmarks.arrays import agree  # noqa: E402
 from benchmarks.groups import bases, decode, finetune, packed  # noqa: E402
 
 
-def folders(place, *, as_float32):
+def folders(place, kind):
     paths = {"base": str(place / "base"), "adapter": str(place / "adapter")}
-    bases.write("tiny", as_float32=as_float32, **paths)
+    bases.write("tiny", kind=kind, **paths)
     return paths
 
 
@@ -35,21 +35,21 @@ def test_bitsandbytes_layer_computes_what_ours_does(peer, rows, monkeypatch):
 
 
 def test_lora_steps_have_the_losses_of_peft(tmp_path):
-    case = {"model": "tiny", "batch": 2, "context": 32, **folders(tmp_path, as_float32=True)}
+    case = {"model": "tiny", "batch": 2, "context": 32, **folders(tmp_path, "bfloat16")}
     ours, theirs = (finetune.CONTENDERS[name](**case).check for name in (finetune.LORA, finetune.PEFT))
     assert finetune.AGREE[finetune.PEFT](ours, theirs)
 
 
 @pytest.mark.parametrize("peer", [finetune.PEFT_FLOAT32, finetune.PEFT_BFLOAT16])
 def test_qlora_steps_have_the_losses_of_peft_on_bitsandbytes(tmp_path, peer):
-    case = {"model": "tiny", "batch": 2, "context": 32, **folders(tmp_path, as_float32=False)}
+    case = {"model": "tiny", "batch": 2, "context": 32, **folders(tmp_path, "bfloat16")}
     ours, theirs = (finetune.CONTENDERS[name](**case).check for name in (finetune.QLORA, peer))
     assert finetune.AGREE[peer](ours, theirs)
 
 
 @pytest.mark.parametrize("peer", [decode.PEER_FLOAT32, decode.PEER_BFLOAT16, decode.PEER_PORTABLE])
 def test_decoding_has_the_logits_of_transformers_on_bitsandbytes(tmp_path, peer):
-    paths = folders(tmp_path, as_float32=False)
+    paths = folders(tmp_path, "nf4")
     ours, theirs = (decode.CONTENDERS[name](model="tiny", tokens=1, **paths) for name in (decode.NF4, peer))
     assert decode.AGREE[peer](ours.check, theirs.check)
     theirs.run()

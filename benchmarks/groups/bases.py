@@ -1,12 +1,13 @@
-"""What fine-tuning and decoding start from, on either side: a base in bitsandbytes' files, an adapter in PEFT's.
+"""What fine-tuning and decoding start from, on either side: a base in Hugging Face's layout, an adapter in PEFT's.
 
-Written once, by entrenar, into a folder that every contender reads: the same bits, and nobody's memory bears the marks
-of quantizing. The layers of the blocks are NF4 with scales in 8 bits, embedding and head bfloat16, as a model of
-bfloat16 comes out of bitsandbytes. The same weights as float32, for LoRA, are what these bits stand for.
+Written once, by entrenar, into a folder that every contender reads: the same bits. "bfloat16" is a base as people
+download it: who wants it in 4 bits quantizes it while loading, as they do. "nf4" is one in bitsandbytes' files, the
+layers of the blocks NF4 with scales in 8 bits, embedding and head bfloat16: no memory bears the marks of quantizing.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,16 +42,16 @@ RANK = 16
 
 
 @contextmanager
-def written(bench: Bench, model: str, *, as_float32: bool = False) -> Iterator[dict[str, str]]:
-    """A temporary folder's base and adapter, as arguments for a case: {"base": ..., "adapter": ...}.
+def written(bench: Bench, model: str, kind: str) -> Iterator[dict[str, str]]:
+    """A temporary folder's base, "bfloat16" or "nf4", and adapter, as arguments for a case.
 
-    Needs room on the disk: 0.8 GB for 1.1b.
+    Needs room on the disk: 0.8 GB for 1.1b in nf4, 2.2 GB in bfloat16.
     """
     with TemporaryDirectory() as folder:
         paths = {name: str(Path(folder, name)) for name in ("base", "adapter")}
         worker = bench.start("entrenar")
         try:
-            worker.call("bases", "write", model=model, as_float32=as_float32, **paths)
+            worker.call("bases", "write", model=model, kind=kind, **paths)
         finally:
             worker.close()
         yield paths
@@ -59,7 +60,7 @@ def written(bench: Bench, model: str, *, as_float32: bool = False) -> Iterator[d
 # -- in entrenar's processes
 
 
-def write(model: str, base: str, adapter: str, as_float32: bool) -> None:
+def write(model: str, base: str, adapter: str, kind: str) -> None:
     """Draw weights, a matrix at a time; put them into folders, and an adapter of fresh weights beside them."""
     from entrenar.adapters import LoraConfig, adapt, save_adapter
     from entrenar.llama import Llama, LlamaConfig
@@ -74,10 +75,8 @@ def write(model: str, base: str, adapter: str, as_float32: bool) -> None:
         if tensor.ndim == 1:
             place(llama, name, Tensor(np.ones(tensor.shape, np.float32)))
         else:
-            kind = "nf4" if LAYER.fullmatch(name) else "bfloat16"
-            place(llama, name, quantize(normal(i, *tensor.shape, scale=0.02), kind))
-    if as_float32:
-        to_float32(llama)
+            weight = normal(i, *tensor.shape, scale=0.02)
+            place(llama, name, quantize(weight, kind if LAYER.fullmatch(name) else "bfloat16"))
     llama.save_pretrained(base)
     adapt(llama, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS))
     save_adapter(llama, adapter)
@@ -109,15 +108,22 @@ def trainable(llama: Any) -> Any:
 # -- in the peers' processes
 
 
-def torch_model(base: str, compute: str, others: str, *, portable: bool = False) -> Any:
+def torch_model(base: str, compute: str, others: str, *, quantized: bool = False, portable: bool = False) -> Any:
     """transformers' model of the folder: layers in 4 bits compute as `compute`, the others are and compute `others`.
 
+    quantized  a base of floats is to be in 4 bits, as ours would be
     portable   without the kernel that bitsandbytes has for processors with AVX-512 and bfloat16
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
+    how = {}
+    if quantized:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, compute))  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa", dtype=getattr(torch, others), **how)
+    portable = portable or "ATEN_CPU_CAPABILITY" in os.environ  # --isa
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = module.weight.quant_state.dtype = getattr(torch, compute)

@@ -132,7 +132,7 @@ AGREE: dict[str, Agreement] = {
 
 def rows(bench: Bench, model: str = "1.1b", prompt: int = 256) -> Iterator[Row]:
     contenders = bench.present((NF4, BFLOAT16, PEER_FLOAT32, PEER_BFLOAT16, PEER_PORTABLE))
-    with bases.written(bench, model) as folders:
+    with bases.written(bench, model, "nf4") as folders:
         workers = {name: bench.start(name) for name in contenders}
         try:
             how: dict[str, Any] = dict(seconds=0.5, rounds=min(bench.rounds, FEW_ROUNDS), agree=AGREE, workers=workers)

@@ -9,6 +9,7 @@ one after the other. Beside both stand our own float32 and bfloat16.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -105,6 +106,7 @@ def with_torch(*, inference: bool, **shape: int) -> Case:
     layer = Linear4bit(shape["inputs"], shape["outputs"], bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight = Params4bit(w, requires_grad=False, quant_type="nf4", compress_statistics=True)
     layer = layer.to("cpu").train(not inference)  # which quantizes
+    layer.support_avx512bf16_for_cpu &= "ATEN_CPU_CAPABILITY" not in os.environ  # --isa
     if shape["rows"] == 1:
         return one_torch_row(layer, x)
     x.requires_grad_()
