@@ -19,7 +19,7 @@ def test_targets_are_the_next_tokens():
 
 def test_an_epoch_takes_every_window_once_and_the_next_takes_others():
     batches = Batches(np.arange(10_001), batch_size=7, context=100, seed=3)
-    size = len(batches.starts)
+    size = len(batches.order)
     starts = [int(row[0]) for _ in range(-(-2 * size // 7)) for row in batches.next()[0]]
     first, second = starts[:size], starts[size : 2 * size - 2]
     assert size in (99, 100) and len(set(first)) == size and first != sorted(first)
@@ -32,7 +32,7 @@ def test_the_order_of_windows_is_what_it_always_was():
     offset = int(random.integers(0, 10))
     wanted = random.permutation(np.arange(offset, 1000 - 10, 10))
     batches = Batches(np.arange(1000), batch_size=4, context=10, seed=3)
-    np.testing.assert_array_equal(batches.starts, wanted)
+    np.testing.assert_array_equal(batches.order, wanted)
     batches.next()
     assert batches.taken == wanted[:4].tolist() == [838, 458, 228, 18]
 

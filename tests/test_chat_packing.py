@@ -47,7 +47,7 @@ def learned(batches):
 
 def epoch(batches):
     """The batches of one epoch; of their rows none that belongs to the next."""
-    rows = len(batches.rows)
+    rows = len(batches.order)
     for taken in range(0, rows, batches.batch_size):
         one = batches.next()
         yield [part[: rows - taken] for part in one]
@@ -122,15 +122,15 @@ def test_epochs_differ_and_each_takes_every_example():
     batches = ExampleBatches(examples, batch_size=4, context=64, seed=1)
     orders = []
     for _ in range(3):
-        rows = [sorted(row) for row in batches.rows]
+        rows = [sorted(row) for row in batches.order]
         assert sorted(itertools.chain(*rows)) == list(range(200))
         orders.append(rows)
         list(epoch(batches))
         batches.epoch, batches.position = batches.epoch + 1, 0
-        batches.rows = batches._shuffled(1, batches.epoch)
+        batches.order = batches._order(1, batches.epoch)
     assert orders[0] != orders[1] != orders[2]
-    assert ExampleBatches(examples, batch_size=4, context=64, seed=2).rows != ExampleBatches(
-        examples, batch_size=4, context=64, seed=1).rows  # fmt: skip
+    assert ExampleBatches(examples, batch_size=4, context=64, seed=2).order != ExampleBatches(
+        examples, batch_size=4, context=64, seed=1).order  # fmt: skip
 
 
 def test_rows_of_many_short_examples_are_nearly_full():

@@ -12,12 +12,13 @@ shuffles anew. Evaluation walks in order and predicts every token exactly once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from entrenar.data.corpus import CorpusError
+from entrenar.data.epochs import Epochs
 from entrenar.data.tokenfile import forget
 
 IGNORE = -100  # a target that counts for nothing
@@ -42,12 +43,14 @@ class Batch(NamedTuple):
         return int((self.targets != IGNORE).sum())
 
 
-class Batches:
+class Batches(Epochs):
     """An endless supply of training batches; where it stands is three numbers, fit for a checkpoint.
 
     `taken` has the first token's place of each window of the last batch. Tokens may be a mapped file: a window is
     copied out of it and no more. Raises CorpusError where the tokens do not fill one window.
     """
+
+    ROWS = "windows"
 
     def __init__(self, tokens: np.ndarray, *, batch_size: int, context: int, seed: int = 0) -> None:
         if len(tokens) < context + 1:
@@ -55,52 +58,22 @@ class Batches:
                 f"the training text has {len(tokens)} tokens, too short for one window of context "
                 f"{context} + 1: give more text, or a context of at most {max(0, len(tokens) - 1)}"
             )
-        self.tokens, self.batch_size, self.context, self.seed = tokens, batch_size, context, seed
-        self.epoch = self.position = 0
-        self.starts = self._shuffled(seed, 0)
+        self.tokens, self.batch_size, self.context = tokens, batch_size, context
+        super().__init__(seed, context)
         self.taken: list[int] = []
         self.touched = 0  # windows read since pages were given back
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next inputs and targets, (B, T) int64 each. A batch may end one epoch and begin the next."""
-        chosen: list[int] = []
-        while len(chosen) < self.batch_size:
-            if self.position == len(self.starts):
-                self.epoch, self.position = self.epoch + 1, 0
-                self.starts = self._shuffled(self.seed, self.epoch)
-            taken = self.starts[self.position : self.position + self.batch_size - len(chosen)]
-            self.position += len(taken)
-            chosen += taken.tolist()
-        self.taken = chosen
-        windows = np.stack([self.tokens[s : s + self.context + 1] for s in chosen]).astype(np.int64)
+        """The next inputs and targets, (B, T) int64 each."""
+        self.taken = [int(start) for start in self.take(self.batch_size)]
+        windows = np.stack([self.tokens[s : s + self.context + 1] for s in self.taken]).astype(np.int64)
         self.touched += self.batch_size
         if self.touched >= FORGET_AFTER:
             self.touched = 0
             forget(self.tokens)
         return windows[:, :-1], windows[:, 1:]
 
-    def state(self) -> dict[str, Any]:
-        return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state()` was taken (of the same tokens and context).
-
-        Raises ValueError, and stays where it was, for a state that is none of these batches.
-        """
-        for name in ("seed", "epoch", "position"):
-            value = state.get(name)
-            if type(value) is not int or not 0 <= value < 2**63:
-                raise ValueError(f"Batches: the state's {name} is {str(value)[:40]}, wanted a whole number from 0 on")
-        starts = self._shuffled(state["seed"], state["epoch"])
-        if state["position"] > len(starts):
-            raise ValueError(
-                f"Batches: the state's position is {state['position']:,}, but an epoch has {len(starts):,} windows of "
-                f"context {self.context}: it is the state of another text or context"
-            )
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
-        self.starts = starts
-
-    def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
         """Starts of an epoch's windows: cut side by side from a random offset on, in random order."""
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
         spare = len(self.tokens) - self.context - 1  # the last start that still fits

@@ -210,8 +210,8 @@ class ChatTask:
 def length_of(config: FineTuning, data: ChatData) -> Length:
     """By the rows of the first epoch; those of others are like them."""
     t, batches = config.training, ChatTask.check(config, data)
-    steps = t.steps or max(1, math.ceil(t.epochs * len(batches.rows) / (t.batch_size * t.accumulation) - 1e-9))
-    longest = max(int(batches.needs[row].sum()) for row in batches.rows)
+    steps = t.steps or max(1, math.ceil(t.epochs * len(batches.order) / (t.batch_size * t.accumulation) - 1e-9))
+    longest = max(int(batches.needs[row].sum()) for row in batches.order)
     trained = data.facts.train_trained / max(1, int(batches.needs.sum()))
     return Length(steps, min(config.data.longest, -(-longest // MULTIPLE) * MULTIPLE), min(1.0, trained))
 

@@ -17,14 +17,15 @@ takes each example once, in an order of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from entrenar.data.batches import IGNORE
 from entrenar.data.chat.examples import Examples
 from entrenar.data.corpus import CorpusError
+from entrenar.data.epochs import Epochs
 
 PADDING = 0
 MULTIPLE = 16  # of which a batch's T is one: odd lengths would each need memory of their own
@@ -51,7 +52,7 @@ class Packing(NamedTuple):
         return self.used / max(1, self.places)
 
 
-class ExampleBatches:
+class ExampleBatches(Epochs):
     """An endless supply of training batches; where it stands is three numbers, fit for a checkpoint.
 
     `taken` has, of each row of the last batch, the numbers of its examples. Raises CorpusError for examples of more
@@ -61,52 +62,23 @@ class ExampleBatches:
     def __init__(self, examples: Examples, *, batch_size: int, context: int, seed: int = 0,
                  packing: bool = True) -> None:  # fmt: skip
         _check(examples, context)
-        self.examples, self.batch_size, self.context, self.packing = examples, batch_size, context, packing
+        self.examples, self.batch_size, self.packing, self.context = examples, batch_size, packing, context
         self.needs = places_needed(examples)
         self.numbers = np.flatnonzero(self.needs)  # from the others nothing is learned
-        self.seed, self.epoch, self.position = seed, 0, 0
-        self.rows = self._shuffled(seed, 0)
+        super().__init__(seed, context)
         self.taken: list[list[int]] = []
 
     def next(self) -> ChatBatch:
-        """The next batch. It may end one epoch and begin the next."""
-        chosen: list[list[int]] = []
-        while len(chosen) < self.batch_size:
-            if self.position == len(self.rows):
-                self.epoch, self.position = self.epoch + 1, 0
-                self.rows = self._shuffled(self.seed, self.epoch)
-            taken = self.rows[self.position : self.position + self.batch_size - len(chosen)]
-            self.position += len(taken)
-            chosen += taken
-        self.taken = chosen
-        return filled(self.examples, self.needs, chosen, self.context)
-
-    def state(self) -> dict[str, Any]:
-        return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state()` was taken (of the same examples, context and packing).
-
-        Raises ValueError, and stays where it was, for a state that is none of these batches.
-        """
-        for name in ("seed", "epoch", "position"):
-            value = state.get(name)
-            if type(value) is not int or not 0 <= value < 2**63:
-                raise ValueError(f"Batches: the state's {name} is {str(value)[:40]}, wanted a whole number from 0 on")
-        rows = self._shuffled(state["seed"], state["epoch"])
-        if state["position"] > len(rows):
-            raise ValueError(
-                f"Batches: the state's position is {state['position']:,}, but an epoch has {len(rows):,} rows of "
-                f"context {self.context}: it is the state of other data or another context"
-            )
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
-        self.rows = rows
+        """The next batch."""
+        self.taken = self.take(self.batch_size)
+        return filled(self.examples, self.needs, self.taken, self.context)
 
     def filling(self) -> Packing:
         """Of this epoch."""
-        return Packing(len(self.examples), len(self.rows), len(self.rows) * self.context, int(self.needs.sum()))
+        rows = len(self.order)
+        return Packing(len(self.examples), rows, rows * self.context, int(self.needs.sum()))
 
-    def _shuffled(self, seed: int, epoch: int) -> list[list[int]]:
+    def _order(self, seed: int, epoch: int) -> list[list[int]]:
         """The rows of an epoch, each the numbers of its examples, in random order."""
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
         order = random.permutation(self.numbers)
