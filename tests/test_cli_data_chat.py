@@ -4,10 +4,14 @@ import json
 import re
 
 import chat_templates as chats
+import fine_runs
 import pytest
 import tokenizer_kinds as kinds
 
 from entrenar.cli import main
+from entrenar.training import finetune
+from entrenar.training.chat_task import ChatTask
+from entrenar.training.config import FineTuning, read_config
 
 
 @pytest.fixture
@@ -73,3 +77,37 @@ def test_bad_rows_are_told_or_left_out(capsys, here):
 def test_what_cannot_be_shown_ends_with_2_and_a_sentence(capsys, here, words, message):
     code, _, said = shown(capsys, here, *words)
     assert code == 2 and message in said
+
+
+# -- data show, of a run of finetune
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The words that describe a run, in a folder with its base and its rows."""
+    monkeypatch.chdir(tmp_path)
+    fine_runs.make_base(tmp_path / "base")
+    fine_runs.write_rows(tmp_path / "chats.jsonl")
+    return ["--base.model", "base", "--data.source", "chats.jsonl", "--training.batch_size", "2"]
+
+
+def test_data_show_prints_the_batches_a_fine_tuning_run_takes(capsys, run):
+    assert main(["data", "show", *run, "--batch", "2"]) == 0
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# batch")]
+    config = read_config(None, list(zip((w[2:] for w in run[::2]), run[1::2], strict=True)), FineTuning).settled
+    quiet = type("Quiet", (), {"doing": print, "note": print})()
+    batches = ChatTask.check(config, data := finetune.examples(config, None, quiet))
+    batches.next(), batches.next()
+    wanted = [data.train.place(number) for row in batches.taken for number in row]
+    assert len(headings) == len(wanted)
+    for line, place in zip(headings, wanted, strict=True):
+        assert line.startswith("# batch 2, row ") and f": {place}: " in line
+
+
+def test_data_show_of_what_is_held_out_and_what_cannot_be(capsys, run):
+    assert main(["data", "show", *run, "--held-out", "-n", "1"]) == 0
+    assert sum(line.startswith("# batch 1, held out: ") for line in capsys.readouterr().out.splitlines()) == 1
+    assert main(["data", "show", *run, "-n", "0"]) == 2
+    assert "-n 0: wanted 1 or more" in capsys.readouterr().err
+    assert main(["data", "prepare", *run]) == 2
+    assert "reads its rows anew" in capsys.readouterr().err

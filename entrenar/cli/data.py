@@ -35,7 +35,7 @@ NAME = "data"
 HELP = "show what will be trained, token by token; or prepare it and no more"
 EXAMPLE = """
 entrenar data show --data.source notes/ -n 4
-entrenar data show --config my.toml --batch 10
+entrenar data show --base.model llama/ --data.source chats.jsonl
 entrenar data chat chats.jsonl --tokenizer model/
 entrenar data prepare --data.source corpus.jsonl.gz --data.vocab_size 8192
 """
@@ -77,10 +77,15 @@ def _verb(verbs: Any, name: str, words: str, epilog: str, options: str) -> argpa
 def run(args: argparse.Namespace) -> int:
     if args.what == "chat":
         return data_chat.show(args)
-    from entrenar.training.config import read_config
+    from entrenar.training.config import FineTuning, kind_of, read_config
 
-    config = read_config(args.config, args.overrides)
-    return show(args, config) if args.what == "show" else prepare(config)
+    config = read_config(args.config, args.overrides, kind_of(args.config, args.overrides))
+    if args.what == "show":
+        _check_numbers(args)
+        return data_chat.show_run(args, config) if isinstance(config, FineTuning) else show(args, config)
+    if isinstance(config, FineTuning):
+        raise CommandLineError("prepare: fine-tuning reads its rows anew each time; `entrenar data show` shows them")
+    return prepare(config)
 
 
 # --- show ------------------------------------------------------------------------------------------------
@@ -108,14 +113,17 @@ def show(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, config: Config) -> None:
+def _check_numbers(args: argparse.Namespace) -> None:
     wrong = [f"{name} {value}: wanted 1 or more" for name, value in (("--batch", args.batch), ("-n", args.count))
              if value is not None and value < 1]  # fmt: skip
-    t = config.training
-    if not args.held_out and not t.budget and args.batch > t.steps * t.accumulation:
-        wrong.append(f"--batch {args.batch}: this run takes {t.steps * t.accumulation:,} batches")
     if wrong:
         raise CommandLineError("; ".join(wrong))
+
+
+def _check(args: argparse.Namespace, config: Config) -> None:
+    t = config.training
+    if not args.held_out and not t.budget and args.batch > t.steps * t.accumulation:
+        raise CommandLineError(f"--batch {args.batch}: this run takes {t.steps * t.accumulation:,} batches")
 
 
 def training_rows(data: Prepared, config: Config, first: int) -> Iterator[Row]:

@@ -1,8 +1,16 @@
-"""`entrenar data chat`: the examples of fine-tuning data, token by token, as a run reads them."""
+"""The examples of fine-tuning data, token by token.
+
+    entrenar data chat SOURCE --tokenizer FOLDER               as they are read
+    entrenar data show --base.model FOLDER --data.source ...   as a run of `entrenar finetune` takes them
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrenar.cli.parser import CommandLineError
@@ -11,6 +19,7 @@ from entrenar.cli.tokens import counts, spelled, writer
 
 if TYPE_CHECKING:
     from entrenar.data.chat import ChatData, ChatFacts
+    from entrenar.training.config import FineTuning
 
 HELP = "print the examples of fine-tuning data, token by token"
 EXAMPLE = """example:
@@ -50,6 +59,56 @@ def show(args: argparse.Namespace) -> int:
     _print(data, args)
     print("\n".join(facts(told(data.facts), width=10)))
     return 0
+
+
+def show_run(args: argparse.Namespace, config: FineTuning) -> int:
+    """Print the examples that a run takes, batch by batch, or those it holds out; returns 0."""
+    from entrenar.training.display import make_display
+    from entrenar.training.finetune import examples
+
+    config = config.settled
+    with tempfile.TemporaryDirectory(prefix="entrenar-") as folder:
+        display = make_display(report_every=1)
+        try:
+            data = examples(config, Path(folder), display)
+        finally:
+            display.close()
+        rows = _held_out(config, data, args.batch) if args.held_out else _trained(config, data, args.batch)
+        out = writer()
+        for where, ids, trained in itertools.islice(rows, args.count) if args.count else _first_batch(rows):
+            out.heading(f"{where}: {counts(trained)}")
+            out.tokens(spelled(ids, data.tokenizer), trained)
+    return 0
+
+
+Shown = tuple[str, Any, Any]  # "batch 1, row 2: where it comes from"; its tokens; which of them are trained
+
+
+def _trained(config: FineTuning, data: ChatData, first: int) -> Iterator[Shown]:
+    from entrenar.training.chat_task import ChatTask
+
+    batches = ChatTask.check(config, data)
+    for number in itertools.count(1):
+        batches.next()
+        if number >= first:
+            for row, numbers in enumerate(batches.taken, 1):
+                for example in numbers:
+                    where = f"batch {number:,}, row {row}: {visible(data.train.place(example))}"
+                    yield (where, *data.train[example])
+
+
+def _held_out(config: FineTuning, data: ChatData, first: int) -> Iterator[Shown]:
+    size = config.training.batch_size
+    for number in range((first - 1) * size, len(data.held_out)):
+        where = f"batch {number // size + 1:,}, held out: {visible(data.held_out.place(number))}"
+        yield (where, *data.held_out[number])
+
+
+def _first_batch(rows: Iterator[Shown]) -> Iterator[Shown]:
+    """Those of the same batch as the first."""
+    for _, batch in itertools.groupby(rows, key=lambda row: row[0].partition(",")[0]):
+        yield from batch
+        return
 
 
 def _check(args: argparse.Namespace) -> None:
