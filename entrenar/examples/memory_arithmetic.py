@@ -1,8 +1,8 @@
 """What a step of fine-tuning holds in memory, by arithmetic: from the shape of the model, before anything is made.
 
-Full fine-tuning, LoRA and QLoRA. Counts every array of a step at its fullest moment, by the order in which the engine
-takes and drops them; `memory_measure.py` says what a process really held. Leaves out the interpreter and libraries,
-which are measured, and gaps that the C library leaves between arrays.
+LoRA and QLoRA. Counts every array of a step at its fullest moment, by the order in which the engine takes and drops
+them; full fine-tuning, whose gradients leave gaps that the C library does not fill, goes through training/rehearsal.py.
+`memory_measure.py` says what a process really held. Leaves out the interpreter and libraries, which are measured.
 """
 
 # B batch, T time, N = B T tokens, C channels, H heads, KH key/value heads, D head dim, F feed-forward, V vocabulary,
@@ -14,7 +14,10 @@ from dataclasses import dataclass, replace
 
 from entrenar.kernels.packed import Nested
 from entrenar.llama import LlamaConfig
-from entrenar.training.rehearsal import scratch_floats
+from entrenar.training import rehearsal
+from entrenar.training.heap import Heap
+from entrenar.training.plan import own_mapping
+from entrenar.training.rehearsal import Rehearsal, scratch_floats
 
 FLOAT = 4  # bytes
 METHODS = ("full", "lora", "qlora")
@@ -32,7 +35,15 @@ SHAPES = {
 
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "AdamW's two moments"
 ACTIVATIONS, BACKWARD, SCRATCH, PROGRAM = "activations", "backward, on its way", "scratch and tables", "program"
-PARTS = (WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS, ACTIVATIONS, BACKWARD, SCRATCH, PROGRAM)
+GAPS = "gaps between arrays"
+PARTS = (WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS, ACTIVATIONS, BACKWARD, SCRATCH, GAPS, PROGRAM)
+# Where a rehearsal's arrays belong
+REHEARSED = {
+    rehearsal.WEIGHTS: WEIGHTS, rehearsal.GRADIENTS: GRADIENTS, rehearsal.MOMENTS: MOMENTS,
+    rehearsal.LAYERS: ACTIVATIONS, rehearsal.INPUTS: ACTIVATIONS, rehearsal.BLOCK: ACTIVATIONS,
+    rehearsal.HEAD: ACTIVATIONS, rehearsal.FORWARD: BACKWARD, rehearsal.BACKWARD: BACKWARD,
+    rehearsal.SCRATCH: SCRATCH, rehearsal.ROPE: SCRATCH,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,37 +136,33 @@ def saved(case: Case) -> float:
 
 
 def kept(case: Case) -> int:
-    """Floats that a block keeps for its backward, its input among them.
+    """Floats that a block keeps for its backward, its input among them, with adapters.
 
-    All methods: the inputs of both norms and their rstd; q, k, v, the attention's output and logsumexp; gate and up.
-    For the gradient of a weight, its input: full: both norms' outputs and silu(gate) up; LoRA: that of norm 1, and
-    each target's x A^T. A frozen weight keeps none.
+    The inputs of both norms and their rstd; q, k, v, the attention's output and logsumexp; gate and up; for the
+    gradients of A and B the output of norm 1 and each target's x A^T. A frozen weight keeps nothing.
     """
     s, N = case.shape, case.batch * case.context
     C, F, (H, KH, D) = s.hidden_size, s.intermediate_size, s.heads
     always = 2 * C + 2 + 2 * H * D + 2 * KH * D + H + 2 * F
-    return N * (always + (2 * C + F if case.method == "full" else C + len(TARGETS) * case.r))
+    return N * (always + C + len(TARGETS) * case.r)
 
 
 def step_moments(case: Case, threads: int) -> list[dict[str, int]]:
     """Floats beyond weights and moments, by part, at the moments that may be the fullest: at the loss, in the backward
     of each block (its MLP's, when three arrays as wide as F are on their way), at the embedding."""
     s, N = case.shape, case.batch * case.context
-    C, F, V, L = s.hidden_size, s.intermediate_size, s.vocab_size, s.num_hidden_layers
-    full = case.method == "full"
-    block = trained(case) // L if not full else (trained(case) - 2 * V * C - C) // L  # gradients of a block
+    C, F, L = s.hidden_size, s.intermediate_size, s.num_hidden_layers
+    block = trained(case) // L  # gradients of a block
     each = N * C if case.checkpointing else kept(case)
     again = kept(case) if case.checkpointing else 0  # of the block that is computed again, its output included
-    head = V * C if full else 0
 
     # At the loss the last norm's input, output and the latter's gradient; and the kernels' scratch is exchanged for a
     # larger one, which is there before the former goes.
     former = max(scratch(case, threads)[:-2])
-    moments = [{ACTIVATIONS: L * each + 3 * N * C + 2 * N, GRADIENTS: head, SCRATCH: former}]
+    moments = [{ACTIVATIONS: L * each + 3 * N * C + 2 * N, SCRATCH: former}]
     for i in reversed(range(L)):
-        down = C * F - N * F if full else 0  # down_proj's gradient comes, its input goes
-        moments.append({ACTIVATIONS: (i + 1) * each + again, GRADIENTS: head + (L - 1 - i) * block,
-                        BACKWARD: N * C + 3 * N * F + down})  # fmt: skip
+        moments.append({ACTIVATIONS: (i + 1) * each + again, GRADIENTS: (L - 1 - i) * block,
+                        BACKWARD: N * C + 3 * N * F})  # fmt: skip
     moments.append({GRADIENTS: trained(case), BACKWARD: N * C})
     return moments
 
@@ -177,13 +184,24 @@ def arithmetic(case: Case, *, threads: int, program: int = 0) -> dict[str, int]:
 
     program   what the process holds beside the arrays: measured
     """
+    parts = rehearsed(case, threads) if case.method == "full" else with_adapters(case, threads)
+    return dict.fromkeys(PARTS, 0) | parts | {PROGRAM: program}
+
+
+def rehearsed(case: Case, threads: int) -> dict[str, int]:
+    """Full fine-tuning, gone through array by array."""
+    arrays = Rehearsal(case.shape, case.batch, case.context, 1, case.checkpointing, threads, Heap(own_mapping()))
+    heap = arrays.run(picture=False)
+    parts = dict.fromkeys(PARTS, 0)
+    for name, size in heap.at_peak.items():
+        parts[REHEARSED[name]] += size
+    return parts | {GAPS: heap.peak - sum(heap.at_peak.values())}
+
+
+def with_adapters(case: Case, threads: int) -> dict[str, int]:
     fullest = max(step_moments(case, threads), key=lambda parts: sum(parts.values()))
     tables = case.shape.max_position_embeddings * case.shape.heads[2]
-    parts = dict.fromkeys(PARTS, 0)
-    parts |= {name: FLOAT * floats for name, floats in fullest.items()}
-    parts[WEIGHTS] = weight_bytes(case)
-    parts[ADAPTERS] = 0 if case.method == "full" else FLOAT * trained(case)
-    parts[MOMENTS] = 2 * FLOAT * trained(case)
-    parts[SCRATCH] += FLOAT * (tables + max(scratch(case, threads)))
-    parts[PROGRAM] = program
+    parts = {name: FLOAT * floats for name, floats in fullest.items()}
+    parts |= {WEIGHTS: weight_bytes(case), ADAPTERS: FLOAT * trained(case), MOMENTS: 2 * FLOAT * trained(case)}
+    parts[SCRATCH] = parts.get(SCRATCH, 0) + FLOAT * (tables + max(scratch(case, threads)))
     return parts

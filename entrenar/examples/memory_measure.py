@@ -22,6 +22,7 @@ import numpy as np
 
 from entrenar import kernels
 from entrenar.adapters import LoraConfig, adapt, count
+from entrenar.data import Batch
 from entrenar.examples.memory_arithmetic import TARGETS, Case, arithmetic
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.packed import LAYER, place
@@ -29,6 +30,7 @@ from entrenar.nn import unfilled
 from entrenar.optim import AdamW, clip_scale, global_norm
 from entrenar.quant import quantize
 from entrenar.training import machine
+from entrenar.training.trainer import accumulate_gradients
 
 DRAWN = 1_000_003  # random numbers that all weights are made of; a prime: no row is another's copy
 STD = 0.02
@@ -116,11 +118,10 @@ def steps(case: Case, shape: LlamaConfig, model: Llama) -> Iterator[float]:
     ids = (rng.random((case.batch, case.context)) ** 3 * shape.vocab_size).astype(np.int64)
     targets = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], -100)], axis=1)
     while True:
-        loss = model.loss(ids, targets)
-        loss.backward()
+        loss, _ = accumulate_gradients(model, [Batch(ids, targets)])
         optimizer.step(grad_scale=clip_scale(global_norm(model.parameters()), 1.0))
         optimizer.zero_grad()
-        yield loss.item()
+        yield loss
 
 
 def prepared(case: Case, shape: LlamaConfig) -> tuple[Llama, int]:

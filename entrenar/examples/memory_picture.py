@@ -14,6 +14,7 @@ from entrenar.examples.memory_arithmetic import (
     ACTIVATIONS,
     ADAPTERS,
     BACKWARD,
+    GAPS,
     GRADIENTS,
     MOMENTS,
     PARTS,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's, as the picture of a run has them
 COLOURS = {WEIGHTS: BLUE, ADAPTERS: GREEN, GRADIENTS: PINK, MOMENTS: "#E69F00", ACTIVATIONS: PALE_BLUE,
-           BACKWARD: "#F0E442", SCRATCH: "#b0b7be", PROGRAM: GREY}  # fmt: skip
+           BACKWARD: "#F0E442", SCRATCH: "#b0b7be", GAPS: "#e4e7ea", PROGRAM: GREY}  # fmt: skip
 MEASURED = ORANGE
 LETTERS = 32  # of the longest bar in a terminal
 WIDTH, LEFT, RIGHT, BAR, GAP = 1200, 210, 150, 16, 18  # of the picture, in points

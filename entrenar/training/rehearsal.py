@@ -120,8 +120,8 @@ class Rehearsal:
         self.lent: Array | None = None  # the kernels' scratch
         self.lent_floats = 0
 
-    def run(self, steps: int = 2) -> Heap:
-        """Build the model, make `steps` updates of at most three micro-batches, and look at held-out text."""
+    def run(self, steps: int = 2, *, picture: bool = True) -> Heap:
+        """Build the model, make `steps` updates of at most three micro-batches, look at held-out text; draw."""
         self.build()
         for _ in range(steps):
             for _ in range(min(self.micro_batches, 3)):
@@ -129,7 +129,8 @@ class Rehearsal:
             self.scratch(2 * (max(map(math.prod, self.parameters().values())) // 4096 + 1))  # the gradient's norm
             self.heap.drop(*(self.grads.pop(name) for name in self.parameters() if name in self.grads))
             self.look()
-        self.draw()
+        if picture:
+            self.draw()
         return self.heap
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
