@@ -131,7 +131,9 @@ AGREE: dict[str, Agreement] = {
 
 
 def rows(bench: Bench, model: str = "1.1b", prompt: int = 256) -> Iterator[Row]:
-    contenders = bench.present((NF4, BFLOAT16, PEER_FLOAT32, PEER_BFLOAT16, PEER_PORTABLE))
+    # Held to AVX2, PyTorch has no arithmetic in bfloat16, and bitsandbytes no kernel for it
+    peers = (PEER_PORTABLE,) if bench.isa else (PEER_FLOAT32, PEER_BFLOAT16, PEER_PORTABLE)
+    contenders = bench.present((NF4, BFLOAT16, *peers))
     with bases.written(bench, model, "nf4") as folders:
         workers = {name: bench.start(name) for name in contenders}
         try:
@@ -159,7 +161,7 @@ def faster_peer(times: Times) -> str | None:
 
 
 def of_peers(speed: dict[str, float], digits: int) -> str:
-    return ", ".join(f"{speed[name]:.{digits}f} of {words}" for name, words in NAMES.items())
+    return ", ".join(f"{speed[name]:.{digits}f} of {words}" for name, words in NAMES.items() if name in speed)
 
 
 def decoding(bench: Bench, what: str, times: Times, peaks: dict[str, int]) -> Iterator[Row]:

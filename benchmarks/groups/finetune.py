@@ -158,7 +158,8 @@ def lora_and_peft(bench: Bench, model: str, batch: int, context: int, folders: d
 
 
 def qlora_and_peft(bench: Bench, model: str, batch: int, context: int, folders: dict[str, str]) -> Iterator[Row]:
-    contenders = bench.present((QLORA, PEFT_FLOAT32, PEFT_BFLOAT16))
+    # Held to AVX2, PyTorch has no arithmetic in bfloat16: a step takes it minutes
+    contenders = bench.present((QLORA, PEFT_FLOAT32) if bench.isa else (QLORA, PEFT_FLOAT32, PEFT_BFLOAT16))
     what = f"{model} QLoRA step, {batch} x {context}, r = {bases.RANK}"
     measured = race(bench, contenders, model, batch, context, folders)
     yield from against_peft(bench, what, batch * context, *measured, Target(">=", 1.5), Target("<=", 0.3))
