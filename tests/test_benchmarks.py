@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))  # behind everything: an installed entrenar stays the
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.arrays import agree, fingerprint, normal  # noqa: E402
-from benchmarks.driver import Bench, Times, WrongResult  # noqa: E402
+from benchmarks.driver import ISAS, Bench, Times, WrongResult  # noqa: E402
 from benchmarks.groups import (  # noqa: E402
     GROUPS,
     bases,
@@ -43,6 +43,9 @@ from benchmarks.protocol import Case, Server
 def sleeper(seconds, check):
     return lambda scale=1.0: Case(lambda: time.sleep(seconds * scale), [check, 1.0])
 
+def both(**args):
+    return Case([lambda: time.sleep(0.002), lambda: time.sleep(0.008)], [5.0, 1.0])
+
 def broken(**args):
     raise ValueError("no such matrix")
 
@@ -52,7 +55,8 @@ def dying(**args):
 
 class Group:
     CONTENDERS = dict(quick=sleeper(0.003, 5.0), slow=sleeper(0.006, 5.0), wrong=sleeper(0.003, 5.1),
-                      nan=sleeper(0.003, float("nan")), broken=broken, dying=dying)
+                      nan=sleeper(0.003, float("nan")), broken=broken, dying=dying,
+                      both=both, quick_and_slow=both)
     @staticmethod
     def twice(x):
         return 2 * x
@@ -61,7 +65,7 @@ Server(sys.argv[1], lambda group: Group).serve(sys.stdin, sys.stdout)
 """
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 2, "isa": "avx2", "backend": "native", "fma_peak": 1e11,
-           "bandwidth": 2e10, "python": "3.11", "peers": "numpy 2", "busy": 0.0}  # fmt: skip
+           "bandwidth": 2e10, "reading": 1e10, "python": "3.11", "peers": "numpy 2", "busy": 0.0}  # fmt: skip
 
 
 @pytest.fixture
@@ -141,6 +145,15 @@ def test_contenders_take_turns_and_the_slower_one_is_found(bench):
     times = bench.race("group", ["quick", "slow"], seconds=0.01)
     assert [len(times.seconds[name]) for name in ("quick", "slow")] == [3, 3]
     assert times.speedup(of="quick", over="slow").median > 1.2
+
+
+def test_several_runs_of_a_case_are_timed_each_by_itself(bench):
+    one, two = bench.races("group", ["both", "quick_and_slow"], seconds=0.001, rounds=2)
+    for times in (one, two):
+        assert [len(seconds) for seconds in times.seconds.values()] == [2, 2]
+    assert one.of("both").median < two.of("both").median
+    with pytest.raises(ValueError, match="too many"):
+        bench.race("group", ["both"], seconds=0.001)
 
 
 @pytest.mark.parametrize("contender", ["wrong", "nan"])
@@ -271,7 +284,8 @@ def test_rows_survive_json_and_a_partial_run_keeps_the_other_groups(tmp_path):
 
 def test_a_trial_is_not_written_down_and_an_unusual_run_only_into_the_history(tmp_path, monkeypatch):
     docs = tmp_path / "benchmarks.md"
-    docs.write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    marked = [f"{begin}\nold{isa}\n{end}\n" for isa in ("", "avx2") for begin, end in [report.markers(isa)]]
+    docs.write_text("".join(marked))
     monkeypatch.delenv("ENTRENAR_ISA", raising=False)
 
     def written(*arguments):
@@ -284,10 +298,14 @@ def test_a_trial_is_not_written_down_and_an_unusual_run_only_into_the_history(tm
 
     assert written("--rounds", "1") == []
     assert written("--threads", "7") == ["2026-11-20T100000.json"]
-    assert written("--isa", "avx2") == ["2026-11-20T100000.json"]
-    assert "old" in docs.read_text()
+    assert docs.read_text() == "".join(marked)
+    names = ["2026-11-20T100000-avx2.json", "latest-avx2.json", "benchmarks.md"]
+    assert written("--isa", "avx2") == names
+    assert "old\n" in docs.read_text() and "oldavx2" not in docs.read_text()
     assert written() == ["2026-11-20T100000.json", "latest.json", "benchmarks.md"]
-    assert "a product" in docs.read_text()
+    assert docs.read_text().count("a product") == 2 and "old" not in docs.read_text()
+    monkeypatch.setenv("ENTRENAR_ISA", "avx2")
+    assert written() == ["2026-11-20T100000.json"], "entrenar alone held back is no comparison"
     assert json.loads((tmp_path / "latest.json").read_text())["rows"][0]["measured"]["median"] == 0.95
 
 
@@ -316,15 +334,19 @@ def test_large_inputs_repeat_no_row():
 
 
 def test_only_the_text_between_the_markers_is_replaced():
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.between(text, "new", "x.md") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    (begin, end), (begin2, end2) = report.markers(), report.markers("avx2")
+    other = f"{begin2}\nheld\n{end2}\n"
+    text = f"before\n{begin}\nold\n{end}\nafter\n{other}"
+    assert report.between(text, "new", "x.md") == f"before\n{begin}\nnew\n{end}\nafter\n{other}"
+    assert report.between(text, "new", "x.md", "avx2") == text.replace("held", "new")
     with pytest.raises(ValueError, match="x.md: wanted the markers"):
         report.between("no markers", "new", "x.md")
 
 
 def test_the_documentation_has_the_markers():
     text = (ROOT / "docs" / "benchmarks.md").read_text()
-    report.between(text, "", "docs/benchmarks.md")
+    for isa in ISAS:
+        report.between(text, "", "docs/benchmarks.md", isa)
 
 
 @pytest.mark.parametrize("value, unit, text", [
