@@ -5,14 +5,33 @@ no rows: it is what finetune.py and decode.py start from.)
 torch and entrenar are imported inside functions: each is there in one kind of process only.
 """
 
-from benchmarks.groups import decode, default_run, engine, finetune, gemm, install, ops, packed, startup, step
+from benchmarks.groups import (
+    attention,
+    decode,
+    default_run,
+    engine,
+    finetune,
+    gemm,
+    growth,
+    install,
+    ops,
+    optimizer,
+    packed,
+    startup,
+    step,
+    threads,
+)
 
 GROUPS = {
     "gemm": gemm,
-    "step": step,
+    "attention": attention,
     "ops": ops,
-    "startup": startup,
+    "optimizer": optimizer,
+    "step": step,
     "engine": engine,
+    "growth": growth,
+    "threads": threads,
+    "startup": startup,
     "packed": packed,
     "finetune": finetune,
     "decode": decode,
