@@ -19,16 +19,20 @@ from benchmarks.arrays import agree, fingerprint, normal  # noqa: E402
 from benchmarks.driver import ISAS, Bench, Times, WrongResult  # noqa: E402
 from benchmarks.groups import (  # noqa: E402
     GROUPS,
+    attention,
     bases,
     decode,
     default_run,
     finetune,
     gemm,
+    growth,
     machine,
     ops,
+    optimizer,
     packed,
     startup,
     step,
+    threads,
 )
 from benchmarks.protocol import Worker, WorkerError, peak_memory  # noqa: E402
 from benchmarks.report import Report, Row, Target  # noqa: E402
@@ -251,7 +255,7 @@ def test_groups_are_chosen_by_name_and_slow_ones_only_when_asked_for():
     def names(*arguments):
         return command.chosen(command.parser().parse_args(arguments))
 
-    assert names() == ["gemm", "step", "ops", "startup", "engine", "packed", "finetune", "decode"]
+    assert names() == [name for name in GROUPS if name not in ("install", "default_run")]
     assert names("--only", "step,gemm") == ["gemm", "step"]
     assert names("--full", "--default-run") == list(GROUPS)
     assert names("--only", "default-run") == ["default_run"]
@@ -361,21 +365,143 @@ def test_numbers_have_three_digits_and_a_unit(value, unit, text):
 
 
 def test_gemm_covers_three_models_and_all_forms():
-    products = list(gemm.products())
-    assert {p.model for p in products} == {"15m", "124m", "1b"} and {p.form for p in products} == set(
-        gemm.FORMS
-    )
+    products = [p for suite in gemm.suites(gemm.TOKENS) for p in suite]
+    assert {p.model for p in products} == {"15m", "124m", "1b"} and {p.form for p in products} == set(gemm.FORMS)
     assert min(p.tokens for p in products) == 64 and max(p.tokens for p in products) == 4096
+    assert {p.layer for p in products if p.model == "1b" and p.tokens == 4096} == {"q_proj"}
+    assert len(set(products)) == len(products)
     for form in gemm.FORMS:
         a, b = gemm.operands(form, 5, 3, 4)
         assert {a.shape[0], a.shape[1], b.shape[1]} == {3, 4, 5} and a.shape[1] == b.shape[0]
 
 
-@pytest.mark.parametrize("name", [*ops.OPERATIONS, ops.OPTIMIZER])
-def test_every_operation_has_both_sides_and_an_amount(name):
-    if name != ops.OPTIMIZER:
-        operation = ops.OPERATIONS[name]
+def product(tokens=64, sides=512):
+    return gemm.Product("124m", "q_proj", "x W^T", tokens, sides, sides)
+
+
+def test_a_shape_under_the_floor_is_measured_again_and_that_counts(monkeypatch, bench):
+    bench.machine = dict(MACHINE)
+    results = {product(64): Times({"entrenar": [1.0], "numpy": [0.5]}),
+               product(65): Times({"entrenar": [1.0], "numpy": [1.2]})}  # fmt: skip
+    asked = []
+
+    def again(ratio):
+        def measured(bench, suites, rounds):
+            asked.extend(suites)
+            assert rounds == gemm.AGAIN * bench.rounds
+            return {product(64): Times({"entrenar": [1.0], "numpy": [ratio]})}
+
+        return measured
+
+    monkeypatch.setattr(gemm, "measured", again(1.1))
+    noisy = gemm.slowest(bench, "slowest", results)
+    assert noisy.met and noisy.measured.median == 1.1 and asked == [[product(64)]]
+    assert noisy.note.endswith("1 under 0.93x were measured again, 9 rounds each: 0 still are")
+    monkeypatch.setattr(gemm, "measured", again(0.8))
+    slow = gemm.slowest(bench, "slowest", results)
+    assert not slow.met and slow.measured.median == 0.8 and slow.note.endswith("1 still are")
+
+
+def test_near_the_peak_are_only_products_large_in_every_direction(bench):
+    bench.machine = dict(MACHINE)
+    second = {"entrenar": [1e-2], "numpy": [1.0]}
+    results = {product(64): Times(second), product(512): Times(second), product(1024): Times(second)}
+    median, lowest = gemm.near_the_peak(bench, results)
+    assert lowest.measured.median == pytest.approx(100 * 2 * 512**3 / 1e-2 / MACHINE["fma_peak"])
+    assert median.measured.median == pytest.approx(1.5 * lowest.measured.median) and not lowest.met
+
+
+def test_every_case_of_gemm_agrees_with_numpy():
+    products = [vars(p) for form in gemm.FORMS for p in [gemm.Product("15m", "q_proj", form, 7, 12, 20)]]
+    ours, theirs = gemm.with_entrenar(products), gemm.with_numpy(products)
+    assert step_like(ours.check, theirs.check) and len(ours.runs) == 3
+    assert [run().shape for run in theirs.runs] == [(7, 20), (7, 12), (20, 12)]
+
+
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+def test_every_operation_has_an_amount(name):
+    for from_memory in (False, True):
+        operation = ops.chosen(name, from_memory)
         assert bool(operation.floats) != bool(operation.flops)
+    assert operation.rate(2.0) == (operation.flops or 4 * operation.floats) / 2.0
+
+
+def test_arrays_from_memory_are_larger_than_those_of_a_model():
+    def size(operation):
+        return sum(math.prod(shape) for shape in operation.shapes)
+
+    for name, measured in ops.OPERATIONS.items():
+        if measured.from_memory:
+            assert size(ops.chosen(name, True)) * 4 > 32 << 20 and size(measured.from_memory) > size(measured.usual)
+
+
+def test_attention_has_fewer_heads_where_it_would_take_minutes_and_the_same_groups():
+    assert attention.shape(256, 12, 12, 64) == attention.Shape(4, 256, 12, 12, 64)
+    long = attention.shape(4096, 32, 4, 64)
+    assert long.B == 1 and long.H < 32 and long.H / long.KH == 8
+    assert attention.Shape(2, 3, 4, 4, 5).flops == 7 * 2 * 4 * 9 * 5
+
+
+def test_memory_of_attention_grows_with_the_arrays_it_is_given():
+    sizes = attention.Shape(1, 32, 4, 2, 16)
+    case = attention.with_entrenar(**vars(sizes))
+    assert len(case.check) == 2 * 4  # y, dq, dk, dv
+    grown = attention.growth_of_memory(512)
+    assert grown < 1 << 28 and isinstance(grown, int)
+
+
+def test_the_optimizer_is_measured_on_all_parameters_of_a_model():
+    from entrenar.llama import LlamaConfig
+
+    for model in optimizer.TARGETS:
+        assert optimizer.count(model) == LlamaConfig(**step.MODELS[model]).parameter_count()
+    times = Times({"entrenar": [2.0]})
+    assert optimizer.bytes_per_second("15m", times) == 4 * 8 * optimizer.count("15m") / 2
+
+
+def test_an_optimizer_step_moves_the_parameters_and_drops_the_gradients(monkeypatch):
+    monkeypatch.setattr(optimizer, "parameter_shapes", lambda model: [(8, 4), (4,)])
+    case = optimizer.with_entrenar("15m")
+    before = optimizer.fingerprint(*(p for p, _ in optimizer.parameters_and_gradients("15m")))
+    assert not step_like(case.check, before)
+    case.run()
+
+
+def test_a_curve_is_as_flat_as_its_lowest_point_is_near_its_highest():
+    row = growth.flatness("a step", "share of FMA peak", {"64 tokens": 60.0, "512": 80.0, "4096": 72.0}, None)
+    assert row.measured.median == 0.75 and row.note.startswith("64 tokens 60, 512 80, 4096 72")
+    assert row.details["table"][2] == ["512", "80", "#" * 40] and row.details["curve"]["4096"] == 72.0
+    # Where only what falls counts, a start that is slow is no fault.
+    assert growth.flatness("data", "MB/s", {"1": 2.0, "4": 3.0}, None, falls=True).measured.median == 1.0
+    assert growth.flatness("data", "MB/s", {"1": 4.0, "4": 5.0, "16": 3.0}, None, falls=True).measured.median == 0.75
+
+
+def test_sizes_grow_from_two_million_parameters_to_more_than_a_billion():
+    from entrenar.llama import LlamaConfig
+
+    counts = [LlamaConfig(**shape).parameter_count() for shape in growth.SIZES.values()]
+    whole = growth.SIZES["1.1b, 4 of its 22 layers"] | {"num_hidden_layers": 22}
+    assert 1.5e6 < counts[0] < 2.5e6 and 3.2e8 < counts[3] < 3.7e8
+    assert LlamaConfig(**whole).parameter_count() == 1_100_048_384
+
+
+def test_curves_are_measured_from_the_small_end_on(monkeypatch):
+    tiny = growth.SIZES["2m"] | {"vocab_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setitem(step.MODELS, "15m", tiny)
+    monkeypatch.setitem(growth.TOKENS, "15m", (16, 512))
+    monkeypatch.setattr(growth, "SIZES", {"tiny": tiny})
+    monkeypatch.setattr(growth, "SECONDS", 0.0)
+    small, large = growth.by_tokens("15m")
+    assert (small["tokens"], large["tokens"]) == (16, 512) and small["forward and backward"] < small["step"]
+    assert large["flops"] > 32 * small["flops"]
+    (point,) = growth.by_size()
+    assert point["model"] == "tiny" and point["seconds"] > 0
+
+
+def test_a_busy_neighbour_is_gone_afterwards():
+    with threads.busy_neighbour() as process:
+        assert process.poll() is None
+    assert process.poll() is not None
 
 
 def test_the_first_loss_is_found_in_the_plain_report_and_nowhere_else():

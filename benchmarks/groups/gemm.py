@@ -145,12 +145,14 @@ def rows(bench: Bench) -> Iterator[Row]:
             yield summary(bench, f"GEMM {model}, {form}", same)
 
 
-def measured(bench: Bench, each: Iterable[Suite], rounds: int = 0) -> Results:
+EVERYBODY = ("entrenar", "numpy", "torch")
+
+
+def measured(bench: Bench, each: Iterable[Suite], rounds: int = 0, contenders: tuple[str, ...] = EVERYBODY) -> Results:
     """Every product of the suites by every contender that is there."""
     results: Results = {}
-    contenders = bench.present(("entrenar", "numpy", "torch"))
     for products in each:
-        times = bench.races("gemm", contenders, seconds=0.03, rounds=rounds or bench.rounds,
+        times = bench.races("gemm", bench.present(contenders), seconds=0.03, rounds=rounds or bench.rounds,
                             products=[asdict(p) for p in products])  # fmt: skip
         for product, of_product in zip(products, times, strict=True):
             results[product] = of_product

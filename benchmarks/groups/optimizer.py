@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.arrays import fingerprint, normal
-from benchmarks.driver import Bench
+from benchmarks.driver import Bench, Times
 from benchmarks.groups.step import ADAMW, MAX_NORM, MODELS
 from benchmarks.protocol import Case
 from benchmarks.report import Row, Target
@@ -97,14 +97,21 @@ def row(bench: Bench, model: str, target: Target | None) -> Row:
     finally:
         for worker in workers.values():
             worker.close()
-    seconds = times.of("entrenar").median
-    count = sum(map(math.prod, parameter_shapes(model)))
-    rate = 4 * ARRAYS * count / seconds
-    share, details = bench.share_of_bandwidth(rate), {"seconds": times.seconds, "bytes_per_second": rate}
-    note = f"{count / 1e6:.1f} million parameters: {seconds * 1e3:.1f} ms, {rate / 1e9:.0f} GB/s of {ARRAYS} arrays"
+    seconds, rate = times.of("entrenar").median, bytes_per_second(model, times)
+    share, details = bench.share_of_bandwidth(rate), {"seconds": times.seconds}
+    size = f"{ARRAYS} arrays of {count(model) / 1e6:.1f} million"
+    note = f"{seconds * 1e3:.1f} ms, {rate / 1e9:.0f} GB/s counting {size}"
     what = f"clip, AdamW and zeroing, {model}"
     if "torch" not in contenders:
         return Row("optimizer", what, "", None, None, share, f"{note}; {bench.torch_missing}", details)
     note += f"; PyTorch's fused AdamW {times.of('torch').median * 1e3:.1f} ms"
     faster = times.speedup(over="torch")
     return Row("optimizer", f"{what}: speed over PyTorch", "x", faster, target, share, note, details)
+
+
+def count(model: str) -> int:
+    return sum(map(math.prod, parameter_shapes(model)))
+
+
+def bytes_per_second(model: str, times: Times) -> float:
+    return 4 * ARRAYS * count(model) / times.of("entrenar").median

@@ -113,12 +113,12 @@ def median_of(values: list[float]) -> float:
 
 
 @contextmanager
-def busy_neighbour() -> Iterator[None]:
+def busy_neighbour() -> Iterator[subprocess.Popen]:
     """A process that keeps one processor busy: the last of those we may use, where the system can hold it there."""
     where = [str(max(os.sched_getaffinity(0)))] if hasattr(os, "sched_getaffinity") else []
     process = subprocess.Popen([sys.executable, "-c", BUSY, *where], start_new_session=True)
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
