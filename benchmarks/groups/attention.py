@@ -21,7 +21,7 @@ from benchmarks.spread import Spread, geometric_mean
 
 SHORT, LONG = (256, 512, 1024), (2048, 4096)  # T
 TOKENS = 1024  # B T, at least: several sequences where they are short
-GREATEST = 60e9  # FLOPs: from there on fewer groups of heads stand for all
+GREATEST = 100e9  # FLOPs: from there on fewer groups of heads stand for all
 LENGTHS = (2048, 4096, 8192)  # T at which memory is measured
 LINEAR = 1.05  # times as many bytes a token at the greater lengths
 
