@@ -20,7 +20,7 @@ from benchmarks.driver import Bench, Times
 from benchmarks.groups import growth, machine, step
 from benchmarks.protocol import Case, Worker
 from benchmarks.report import Row, Target
-from benchmarks.spread import ratios
+from benchmarks.spread import Spread, ratios
 
 FEW_ROUNDS = 3
 TOKENS = 512
@@ -102,14 +102,10 @@ def beside(bench: Bench, workers: dict[str, Worker], args: dict[str, Any]) -> Ti
     rounds = min(bench.rounds, FEW_ROUNDS if name == "entrenar" else 1)
     workers[name].prepare("step", **args)
     for _ in range(rounds):
-        seconds["idle"] += [min(workers[name].time(0.5)[0])]
+        seconds["idle"] += [Spread.of(workers[name].time(0.5)[0]).median]
         with busy_neighbour():
-            seconds["beside"] += [median_of(workers[name].time(2.0)[0])]
+            seconds["beside"] += [Spread.of(workers[name].time(2.0)[0]).median]
     return Times(seconds)
-
-
-def median_of(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 @contextmanager
