@@ -17,7 +17,7 @@ from benchmarks.driver import Bench, Times
 from benchmarks.groups.ops import Operation, entrenar_case, torch_case
 from benchmarks.protocol import Case, peak_memory
 from benchmarks.report import Row, Target
-from benchmarks.spread import Spread, geometric_mean
+from benchmarks.spread import Spread, mean_of
 
 SHORT, LONG = (256, 512, 1024), (2048, 4096)  # T
 TOKENS = 1024  # B T, at least: several sequences where they are short
@@ -130,11 +130,10 @@ def summary(bench: Bench, what: str, results: dict[Shape, Times], target: Target
     if bench.torch_missing:
         return Row("attention", what, "", None, None, share, f"{note}; {bench.torch_missing}")
     ratios = {sizes: times.speedup(over=times.best_peer() or "torch") for sizes, times in results.items()}
-    mean, low, high = (geometric_mean(getattr(r, end) for r in ratios.values()) for end in ("median", "low", "high"))
-    worst = min(ratios, key=lambda sizes: ratios[sizes].median)
+    mean, worst = mean_of(ratios.values()), min(ratios, key=lambda sizes: ratios[sizes].median)
     note += f"; geometric mean of {len(ratios)}; worst {ratios[worst].median:.2f}x: {worst.name}"
     details = {"table": table(bench, results, ratios)}
-    return Row("attention", f"{what}: speed over PyTorch", "x", Spread(mean, low, high), target, share, note, details)
+    return Row("attention", f"{what}: speed over PyTorch", "x", mean, target, share, note, details)
 
 
 def table(bench: Bench, results: dict[Shape, Times], ratios: dict[Shape, Spread]) -> list[list[str]]:

@@ -21,7 +21,7 @@ from benchmarks.driver import Bench, Times
 from benchmarks.groups import machine
 from benchmarks.protocol import Case
 from benchmarks.report import Row, Target
-from benchmarks.spread import Spread, geometric_mean
+from benchmarks.spread import Spread, mean_of
 
 # model: (hidden C, feed-forward F, vocabulary to measure the head of; the larger heads go by like up_proj)
 MODELS = {"15m": (288, 768, 32000), "124m": (768, 3072, 0), "1b": (2048, 5632, 0)}
@@ -168,18 +168,14 @@ def to_best(times: Times) -> Spread:
 
 
 def summary(bench: Bench, name: str, results: Results, target: Target | None = None) -> Row:
-    ratios = {product: to_best(times).median for product, times in results.items()}
-    # Bounds of the mean: all shapes at their worst round, and at their best.
-    mean, low, high = (
-        geometric_mean(getattr(to_best(t), end) for t in results.values()) for end in ("median", "low", "high")
-    )
-    worst = min(ratios, key=ratios.__getitem__)
+    ratios = {product: to_best(times) for product, times in results.items()}
+    mean, worst = mean_of(ratios.values()), min(ratios, key=lambda product: ratios[product].median)
     flops = sum(p.flops for p in results) / sum(t.of("entrenar").median for t in results.values())
-    note = f"geometric mean of {len(results)}; worst {ratios[worst]:.2f}x: {shape_name(worst)}"
+    note = f"geometric mean of {len(results)}; worst {ratios[worst].median:.2f}x: {shape_name(worst)}"
     if bench.torch_missing:
         note += f"; NumPy alone, PyTorch: {bench.torch_missing}"
     details = {"table": detail(bench, results)} if target else {}
-    return Row("gemm", name, "x", Spread(mean, low, high), target, bench.share_of_peak(flops), note, details)
+    return Row("gemm", name, "x", mean, target, bench.share_of_peak(flops), note, details)
 
 
 def slowest(bench: Bench, name: str, results: Results) -> Row:

@@ -7,18 +7,19 @@ stands by itself. More is better in every one. Those to PyTorch are left out whe
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.driver import Bench
-from benchmarks.groups import attention, gemm, ops, optimizer, step
+from benchmarks.groups import attention, gemm, machine, ops, optimizer, step
 from benchmarks.protocol import Worker
 from benchmarks.report import Row
-from benchmarks.spread import Spread, geometric_mean
+from benchmarks.spread import Spread, geometric_mean, mean_of
 
 STEP: dict[str, Any] = dict(model="15m", batch=4, context=256)
 FEW_ROUNDS = 3  # of whole steps
+BOTH = ("entrenar", "torch")
 
 
 def products(bench: Bench) -> Iterator[Row]:
@@ -26,36 +27,39 @@ def products(bench: Bench) -> Iterator[Row]:
     for tokens, forms in ((512, gemm.FORMS), (16, gemm.FORMS[:1])):
         suites = [gemm.suite("124m", form, tokens) for form in forms]
         results = gemm.measured(bench, suites, contenders=("entrenar", "numpy"))
-        ratios = [times.speedup(over="numpy").median for times in results.values()]
-        yield ratio(f"GEMM 124m, {tokens} rows: speed over NumPy", [geometric_mean(ratios)])
+        speedup = mean_of(t.speedup(over="numpy") for t in results.values())
+        yield ratio(f"GEMM 124m, {tokens} rows: speed over NumPy", speedup)
         if tokens >= gemm.CUBE:
             flops = [gemm.gflops(product, times, "entrenar") * 1e9 for product, times in results.items()]
-            yield share(f"GEMM 124m, {tokens} rows: share of FMA peak", [geometric_mean(flops)], bench, "fma_peak")
+            peak = geometric_mean(flops) / bench.machine["fma_peak"]
+            yield share(f"GEMM 124m, {tokens} rows: share of FMA peak", [peak])
 
 
 def operations(bench: Bench) -> Iterator[Row]:
     for name in ("rms_norm", "swiglu", "softmax", "cross_entropy"):
+        copying = machine.copying(bench)
         times = bench.race("ops", ("entrenar",), name=name, from_memory=True)
-        rates = [ops.chosen(name, from_memory=True).rate(seconds) for seconds in times.seconds["entrenar"]]
-        yield share(f"{name} from memory: share of bandwidth", rates, bench, "bandwidth")
+        op = ops.chosen(name, from_memory=True)
+        shares = [op.rate(seconds) / copying for seconds in times.seconds["entrenar"]]
+        yield share(f"{name} from memory: share of bandwidth", shares)
     if bench.torch_missing is None:
-        faster = bench.race("ops", ("entrenar", "torch"), name="swiglu").speedup(over="torch")
-        yield Row("guard", "swiglu: speed over PyTorch", "x", faster)
+        yield ratio("swiglu: speed over PyTorch", bench.race("ops", BOTH, name="swiglu").speedup(over="torch"))
 
 
 def attending(bench: Bench) -> Iterator[Row]:
     sizes = attention.Shape(2, 512, 12, 12, 64)
     times = attention.race(bench, sizes)
-    rates = [sizes.flops / seconds for seconds in times.seconds["entrenar"]]
-    yield share(f"attention {sizes.name}: share of FMA peak", rates, bench, "fma_peak")
+    shares = [sizes.flops / seconds / bench.machine["fma_peak"] for seconds in times.seconds["entrenar"]]
+    yield share(f"attention {sizes.name}: share of FMA peak", shares)
     if "torch" in times.seconds:
-        yield Row("guard", f"attention {sizes.name}: speed over PyTorch", "x", times.speedup(over="torch"))
+        yield ratio(f"attention {sizes.name}: speed over PyTorch", times.speedup(over="torch"))
 
 
 def moving_parameters(bench: Bench) -> Iterator[Row]:
+    copying = machine.copying(bench)
     times = bench.race("optimizer", ("entrenar",), model="15m")
     rate = optimizer.bytes_per_second("15m", times)
-    yield share("clip, AdamW and zeroing, 15m: share of bandwidth", [rate], bench, "bandwidth")
+    yield share("clip, AdamW and zeroing, 15m: share of bandwidth", [rate / copying])
 
 
 def stepping(bench: Bench) -> Iterator[Row]:
@@ -65,7 +69,7 @@ def stepping(bench: Bench) -> Iterator[Row]:
         weights = str(Path(folder, "weights.safetensors"))
         bench.worker("entrenar").call("step", "write_own_weights", model=STEP["model"], path=weights)
         try:
-            workers |= {name: bench.start(name) for name in bench.present(("entrenar", "torch"))}
+            workers |= {name: bench.start(name) for name in bench.present(BOTH)}
             times = bench.race("step", tuple(workers), seconds=0.5, rounds=FEW_ROUNDS, agree=step.same_losses,
                                workers=workers, weights=weights, **STEP)  # fmt: skip
             peaks = {name: worker.peak() for name, worker in workers.items()}
@@ -76,11 +80,12 @@ def stepping(bench: Bench) -> Iterator[Row]:
     flops = tokens * bench.worker("entrenar").call(
         "step", "flops_per_token", model=STEP["model"], context=STEP["context"]
     )
-    rates = [flops / seconds for seconds in times.seconds["entrenar"]]
-    yield share("15m training step: share of FMA peak", rates, bench, "fma_peak")
+    shares = [flops / seconds / bench.machine["fma_peak"] for seconds in times.seconds["entrenar"]]
+    yield share("15m training step: share of FMA peak", shares)
     if "torch" in peaks:
-        yield Row("guard", "15m training step: speed over transformers", "x", times.speedup(over="torch"))
-        yield ratio("15m training step: transformers' peak memory over ours", [peaks["torch"] / peaks["entrenar"]])
+        yield ratio("15m training step: speed over transformers", times.speedup(over="torch"))
+        memory = Spread.of([peaks["torch"] / peaks["entrenar"]])
+        yield ratio("15m training step: transformers' peak memory over ours", memory)
 
 
 GUARDS: tuple[Callable[[Bench], Iterator[Row]], ...] = (products, operations, attending, moving_parameters, stepping)
@@ -91,9 +96,9 @@ def rows(bench: Bench) -> Iterator[Row]:
         yield from guard(bench)
 
 
-def ratio(name: str, values: list[float]) -> Row:
-    return Row("guard", name, "x", Spread.of(values))
+def ratio(name: str, measured: Spread) -> Row:
+    return Row("guard", name, "x", measured)
 
 
-def share(name: str, rates: list[float], bench: Bench, of: str) -> Row:
-    return Row("guard", name, "%", Spread.of(100 * rate / bench.machine[of] for rate in rates))
+def share(name: str, shares: Iterable[float]) -> Row:
+    return Row("guard", name, "%", Spread.of(100 * each for each in shares))
