@@ -53,9 +53,8 @@ entrenar COMMAND --help has options and an example; entrenar --version which one
 examples:
   entrenar train --data.source book.txt --budget 20m
   entrenar finetune --base.model Llama-3.2-1B --data.source chats.jsonl
-Exit codes: 0 done; 1 failed on the way; 2 unusable command line, configuration
-or file; 130 Ctrl-C, 143 SIGTERM (a training run has saved); 141 the reader of a
-pipe went away. ENTRENAR_TRACEBACK=1 shows where it failed."""
+Exit codes: 0 done; 1 failed on the way; 2 unusable command, option or file; 130
+Ctrl-C, 143 SIGTERM (a run has saved); 141 a pipe's reader went away."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def options_of(verb: str) -> list[Option]:
-    """The options a verb takes: of its own kind of run; `plan`, `profile`, `resume` take both kinds', the last not all."""
+    """The options a verb takes: of its own kind of run; `plan`, `profile`, `resume` take both, the last not all."""
     from entrenar.training import job
     from entrenar.training.config import KINDS, Config, options
 

@@ -107,8 +107,8 @@ def render(found: dict[str, Any]) -> list[str]:
     for line in found["kernels"]:
         seconds = line["seconds"]
         name = f"{line['kernel']} {line['sizes']}".strip()
-        rows.append((name, f"{line['calls']:,}", *_time(seconds, whole), *_rate(line["flops"] / seconds, m["peak_flops"]),
-                     *_rate(line["bytes"] / seconds, m["bandwidth"])))  # fmt: skip
+        computed, moved = _rate(line["flops"] / seconds, m["peak_flops"]), _rate(line["bytes"] / seconds, m["bandwidth"])
+        rows.append((name, f"{line['calls']:,}", *_time(seconds, whole), *computed, *moved))
     rows.append(("outside kernels", "", *_time(found["outside"], whole), "", "", "", ""))
     rows.append(("the step", "", *_time(whole, whole), *_rate(found["flops"] / whole, m["peak_flops"]), "", ""))
     head, *body = columns(rows)

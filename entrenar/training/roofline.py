@@ -100,7 +100,7 @@ class _Axes:
         radii = [max(3.5, 40 * math.sqrt(line.seconds / whole)) for line in lines]
         for line, place, radius in zip(lines, places, radii, strict=True):
             page.dot(place, radius, COLOURS.get(line.kernel.partition("_")[0], GREEN))
-        taken: list[tuple[float, float]] = []
+        taken: list[tuple[float, float, float]] = []  # middles and half widths of names
         for line, (x, y), radius in zip(lines, places, radii, strict=True):  # names lie above all dots
             share = line.seconds / whole
             if share < LABELLED:
@@ -108,16 +108,12 @@ class _Axes:
             name = f"{line.kernel.replace('_', ' ')} {share:.1%}"
             half = page.text_width(name, 14) / 2
             if radius > LARGE:
-                x, y = min(x, self.box[2] - half), y - radius - 14
+                x, y, step = min(x, self.box[2] - half), y - radius - 14, -18
             else:
-                x += half + radius + 8
-            y = _free(taken, x, y)
-            taken.append((x, y))
+                aside, step = half + radius + 8, 18
+                crowded = any(0 < other[0] - x < 2 * aside and abs(other[1] - y) < 16 for other in places)
+                x = x - aside if crowded else x + aside
+            while any(abs(y - other) < 18 and abs(x - beside) < half + width + 4 for beside, other, width in taken):
+                y += step
+            taken.append((x, y, half))
             page.text((x, y), name, size=14, anchor="mm", halo=True)
-
-
-def _free(taken: Sequence[tuple[float, float]], x: float, y: float) -> float:
-    """The height nearest below y at which a name around x meets no other."""
-    while any(abs(y - other) < 18 and abs(x - beside) < 170 for beside, other in taken):
-        y += 18
-    return y
