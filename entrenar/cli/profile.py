@@ -105,9 +105,9 @@ def render(found: dict[str, Any]) -> list[str]:
     m, whole = found["machine"], found["seconds"]
     rows = [("kernel", "calls", "ms", "share", "GFLOP/s", "of peak", "GB/s", "of memory")]
     for line in found["kernels"]:
-        seconds = line["seconds"]
-        name = f"{line['kernel']} {line['sizes']}".strip()
-        computed, moved = _rate(line["flops"] / seconds, m["peak_flops"]), _rate(line["bytes"] / seconds, m["bandwidth"])
+        seconds, name = line["seconds"], f"{line['kernel']} {line['sizes']}".strip()
+        computed = _rate(line["flops"] / seconds, m["peak_flops"])
+        moved = _rate(line["bytes"] / seconds, m["bandwidth"])
         rows.append((name, f"{line['calls']:,}", *_time(seconds, whole), *computed, *moved))
     rows.append(("outside kernels", "", *_time(found["outside"], whole), "", "", "", ""))
     rows.append(("the step", "", *_time(whole, whole), *_rate(found["flops"] / whole, m["peak_flops"]), "", ""))
@@ -115,7 +115,7 @@ def render(found: dict[str, Any]) -> list[str]:
     return [
         f"{found['parameters']:,} parameters, {found['tokens']:,} tokens a step; {m['cpu']}, {m['threads']} threads, "
         f"{m['kernels']}",
-        f"measured here: {m['peak_flops'] / 1e9:.0f} GFLOP/s of multiply-adds, {m['bandwidth'] / 1e9:.0f} GB/s of copies",
+        f"measured: {m['peak_flops'] / 1e9:.0f} GFLOP/s of multiply-adds, {m['bandwidth'] / 1e9:.0f} GB/s of copying",
         "",
         paint(head, "bold"),
         *body,
