@@ -44,6 +44,20 @@ def bandwidth(threads: int, megabytes: int = 256) -> float:
     return best
 
 
+def reading(megabytes: int = 512) -> float:
+    """Bytes per second that all threads read, of an array too large for any cache: by kernels.sum_of_squares, which
+    goes through it once; the best of a few."""
+    from entrenar import kernels
+
+    source = np.ones(megabytes << 18, np.float32)
+    best = 0.0
+    for _ in range(7):
+        started = time.perf_counter()
+        kernels.sum_of_squares(source)
+        best = max(best, source.nbytes / (time.perf_counter() - started))
+    return best
+
+
 def numpy_version() -> str:
     return np.__version__
 
