@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
 }
 ADAMW: dict[str, Any] = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+MAX_NORM = training.MAX_NORM
 FIRST = 3  # steps whose losses are compared
 LOSS_TOLERANCE = 1e-4  # nats
 FEW_ROUNDS = 3  # of the larger model
