@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from benchmarks.arrays import fingerprint
 from benchmarks.protocol import Case
 
+CONTEXT = 512  # tokens there is room for
 AT_ONCE = 512  # tokens, of a prompt: llama.cpp's own default
 FORMATS = {"f16": "LLAMA_FTYPE_MOSTLY_F16", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 
@@ -102,10 +104,15 @@ class Text:
         self.length = 0
 
 
+@cache  # a model is loaded once, for writing and for reading, and stays
+def text_of(path: str) -> Text:
+    return Text(path, CONTEXT, int(os.environ["OMP_NUM_THREADS"]))
+
+
 def writing(path: str, prompt: np.ndarray, tokens: int, longest: int) -> Case:
     """tokens = 1: the next token of a text, greedily; more: a prompt of so many."""
-    text = Text(path, len(prompt) + longest + 1, int(os.environ["OMP_NUM_THREADS"]))
-    ids = prompt
+    text, ids = text_of(path), prompt
+    assert len(prompt) + longest < CONTEXT
 
     def read() -> np.ndarray:
         text.forget()
