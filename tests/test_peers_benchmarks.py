@@ -82,7 +82,8 @@ def test_generation_has_the_logits_of_transformers(tmp_path, peer, tokens):
     theirs.run()
 
 
-def test_generation_has_the_logits_of_llama_cpp(tmp_path):
+def test_generation_has_the_logits_of_llama_cpp(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the driver does
     try:
         llama_cpp.library()
     except ImportError as error:
