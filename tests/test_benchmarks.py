@@ -21,11 +21,14 @@ from benchmarks.groups import (  # noqa: E402
     GROUPS,
     attention,
     bases,
+    checkpointing,
     decode,
     default_run,
     finetune,
     gemm,
+    generation,
     growth,
+    llama_cpp,
     machine,
     ops,
     optimizer,
@@ -33,8 +36,9 @@ from benchmarks.groups import (  # noqa: E402
     startup,
     step,
     threads,
+    training,
 )
-from benchmarks.protocol import Worker, WorkerError, peak_memory  # noqa: E402
+from benchmarks.protocol import Case, Server, Worker, WorkerError, peak_memory  # noqa: E402
 from benchmarks.report import Report, Row, Target  # noqa: E402
 from benchmarks.spread import Spread, geometric_mean, ratios  # noqa: E402
 
@@ -205,7 +209,9 @@ def test_a_contender_that_dies_leaves_its_last_words_and_is_started_again(bench)
 def test_a_peer_that_is_not_installed_is_left_out(tmp_path):
     bench = Bench(peers_python=str(tmp_path / "python"))
     assert bench.present(("entrenar", "numpy", "torch")) == ["entrenar", "numpy"]
-    assert bench.present(("entrenar-nf4", "torch-bfloat16")) == ["entrenar-nf4"]
+    assert bench.present(("entrenar-nf4", "torch-bfloat16", "llama-bf16")) == ["entrenar-nf4"]
+    assert bench.llama_missing == bench.missing("torch-compile") == bench.torch_missing
+    assert bench.python("llama-bf16") == bench.peers_python
     assert bench.python("torch-bfloat16") == bench.peers_python and bench.python("entrenar-nf4") == sys.executable
     assert "peer not installed" in bench.torch_missing
 
@@ -577,14 +583,32 @@ def test_losses_that_differ_are_refused_whatever_the_peer_computes_in():
     assert not finetune.AGREE[finetune.PEFT_BFLOAT16]([10.0, 9.0], [10.0, 9.1])
 
 
-def test_the_faster_peer_counts_and_the_slower_is_told(bench):
-    seconds = {finetune.QLORA: [1.0], finetune.PEFT_FLOAT32: [4.0], finetune.PEFT_BFLOAT16: [2.0]}
+def measured_steps(bench, seconds):
+    """Of the 124m model, 1,024 tokens a step; memory in whole MB, in the order of the contenders."""
     peaks = {name: (i + 1) << 20 for i, name in enumerate(seconds)}
-    how = (bench, "a step", 100, Times(seconds), peaks, Target(">=", 1.5), Target("<=", 0.3))
-    speed, memory = finetune.against_peft(*how)
+    return finetune.Measured(bench, finetune.SHAPES[0], Times(seconds), peaks, flops=0)
+
+
+def test_the_faster_peer_counts_and_the_slower_is_told(bench):
+    seconds = {finetune.QLORA: [1.024], finetune.PEFT_FLOAT32: [4.096], finetune.PEFT_BFLOAT16: [2.048]}
+    peers = (finetune.PEFT_FLOAT32, finetune.PEFT_BFLOAT16)
+    how = ("QLoRA", finetune.QLORA, peers, Target(">=", 1.5), Target("<=", 0.3))
+    speed, memory = finetune.against_peft(measured_steps(bench, seconds), *how)
     assert speed.measured.median == 2.0 and speed.met
-    assert speed.note == "100 tokens/s to 50 of PEFT, computing in bfloat16, 25 of PEFT, computing in float32"
+    assert speed.note == "1000 tokens/s to 500 of PEFT, computing in bfloat16, 250 of PEFT, computing in float32"
     assert memory.measured.median == pytest.approx(1 / 3) and not memory.met
+
+
+def test_a_method_without_its_peer_gives_its_own_speed(tmp_path):
+    alone = Bench(peers_python=str(tmp_path / "python"))
+    measured = measured_steps(alone, {finetune.LORA: [1.024]})
+    (row,) = finetune.against_peft(measured, "LoRA", finetune.LORA, (finetune.PEFT,), Target(">=", 1.5), None)
+    assert row.measured.median == 1000 and row.target is None and "peer not installed" in row.note
+
+
+def test_frozen_weights_cost_a_forward_pass_less(bench):
+    wanted = 2 / 3 * step.flops_per_token("124m", 0)
+    assert finetune.flops_per_token("124m", 0) == pytest.approx(wanted)
 
 
 def test_decoding_agrees_between_formats_and_goes_on_beyond_its_longest_text(folders, monkeypatch):
@@ -602,3 +626,114 @@ def test_models_of_the_benchmarks_are_the_shapes_they_are_named_after():
 
     counts = {name: LlamaConfig(**model).parameter_count() for name, model in bases.MODELS.items()}
     assert counts["124m"] == 137_841_408 and counts["1.1b"] == 1_100_048_384
+
+
+# -- whole steps, checkpointing, generation
+
+
+def test_a_step_that_has_run_warm_is_not_run_again_before_it_is_timed():
+    losses = iter([3.0, 2.0, 1.0, 0.5])
+
+    class Group:
+        CONTENDERS = {"entrenar": lambda: training.case(lambda: next(losses), first=3)}
+
+    server = Server("entrenar", lambda group: Group)
+    assert server.answer({"do": "prepare", "group": "step", "args": {}}) == {"check": [3.0, 2.0, 1.0]}
+    assert 0 <= server.last[0] < 1 and next(losses) == 0.5
+    Group.CONTENDERS["entrenar"] = lambda: Case(lambda: next(losses), [], None)
+    with pytest.raises(StopIteration):
+        server.answer({"do": "prepare", "group": "step", "args": {}})
+
+
+def test_checkpointing_changes_no_loss(tmp_path, monkeypatch):
+    monkeypatch.setitem(step.MODELS, "tiny", bases.MODELS["tiny"])
+    weights = str(tmp_path / "weights.safetensors")
+    step.write_own_weights("tiny", weights)
+    case = {"model": "tiny", "batch": 1, "context": 32, "weights": weights, "first": 2}
+    plain, ours = (checkpointing.CONTENDERS[name](**case).check for name in (checkpointing.PLAIN, checkpointing.OURS))
+    assert step.same_losses(plain, ours)
+    assert checkpointing.parameter_bytes("tiny") == 4 * parameters_of("tiny")
+
+
+def parameters_of(model):
+    from entrenar.llama import LlamaConfig
+
+    return LlamaConfig(**bases.MODELS[model]).parameter_count()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bfloat16")
+    bases.write("tiny", str(folder / "base"), str(folder / "adapter"), "bfloat16")
+    return str(folder / "base")
+
+
+def test_a_text_begins_alike_in_bfloat16_and_in_4_bits(base):
+    case = {"model": "tiny", "tokens": 1, "base": base, "files": {}}
+    bfloat16, nf4 = (generation.CONTENDERS[name](**case).check for name in (generation.BFLOAT16, generation.NF4))
+    agree_in_4_bits = generation.AGREE[generation.NF4]
+    assert agree_in_4_bits(bfloat16, nf4) and not agree_in_4_bits(bfloat16, [1.1 * x for x in nf4])
+    assert not generation.AGREE[generation.LLAMA_BF16](bfloat16, nf4)  # which is told apart from 16 bits
+
+
+def test_a_token_reads_every_weight_once_but_of_an_embedding_a_row(base, monkeypatch):
+    from entrenar.llama import Llama, LlamaConfig
+    from entrenar.nn import unfilled
+
+    assert generation.bytes_a_token(generation.BFLOAT16, base) == pytest.approx(2 * parameters_of("tiny"), rel=0.01)
+    untied = LlamaConfig(**bases.MODELS["tiny"] | {"tie_word_embeddings": False})
+    with unfilled():
+        llama = Llama(untied)
+    monkeypatch.setattr(generation, "our_model", lambda contender, base: llama)
+    embedding = untied.vocab_size * untied.hidden_size
+    assert generation.bytes_a_token(generation.BFLOAT16, "") == 4 * (untied.parameter_count() - embedding)
+
+
+def generated(bench):
+    """A model of 1 GB that is read at 20 GB/s, and what its contenders took."""
+    seconds = {generation.BFLOAT16: [0.0625], generation.NF4: [0.05], generation.TORCH_FLOAT32: [0.5],
+               generation.TORCH_BFLOAT16: [0.25], generation.LLAMA_BF16: [0.125], generation.LLAMA_F16: [0.1],
+               generation.LLAMA_Q4_0: [0.05]}  # fmt: skip
+    peaks = dict.fromkeys(seconds, 10**9)
+    bench.machine["fma_peak"] = 1e12
+    weights = {generation.BFLOAT16: 10**9, generation.NF4: 3 * 10**8}
+    return generation.Measured(bench, "1.1b", Times(seconds), Times(dict(seconds)), peaks, weights, 20e9, flops=10**9)
+
+
+def test_rows_of_generation_take_the_best_of_the_peers(bench):
+    bench.torch_missing = bench.llama_missing = None
+    measured = generated(bench)
+    prompt, decoding = generation.against_transformers(measured)
+    assert prompt.measured.median == decoding.measured.median == 4.0 and prompt.met and decoding.met
+    assert decoding.share == "80% of 20.0 GB/s read" and "4 of transformers in bfloat16" in decoding.note
+    bandwidth = generation.row_of_bandwidth(measured)
+    assert bandwidth.measured.median == pytest.approx(0.8) and bandwidth.met
+    bf16, four_bits, reading, memory = generation.against_llama_cpp(measured)
+    assert [row.measured.median for row in (bf16, four_bits, reading)] == [2.0, 1.0, 1.0]
+    assert memory.measured.median == 1.0
+
+
+def test_without_llama_cpp_its_rows_say_so(bench):
+    bench.torch_missing, bench.llama_missing = None, "peer not installed (llama-cpp-python)"
+    measured = generated(bench)
+    for name in generation.LLAMA:
+        del measured.writing.seconds[name], measured.reading.seconds[name]
+    rows = list(generation.against_llama_cpp(measured))
+    assert all(row.measured is None and "peer not installed" in row.note for row in rows[:3])
+
+
+def test_llama_cpp_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ImportError, match=r"llama\.cpp.avx2; make bench builds it"):
+        llama_cpp.library()
+    (tmp_path / "llama.cpp" / "native").mkdir(parents=True)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    assert llama_cpp.build() == "native"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert llama_cpp.build() == "avx2"
+
+
+def test_reading_is_measured():
+    assert machine.reading(megabytes=4) > 1e8

@@ -13,7 +13,6 @@ from typing import Any
 
 from benchmarks.driver import Bench
 from benchmarks.groups import attention, gemm, machine, ops, optimizer, step
-from benchmarks.protocol import Worker
 from benchmarks.report import Row
 from benchmarks.spread import Spread, geometric_mean, mean_of
 
@@ -61,18 +60,11 @@ def moving_parameters(bench: Bench) -> Iterator[Row]:
 
 def stepping(bench: Bench) -> Iterator[Row]:
     """The whole step, and its memory, in processes of their own."""
-    workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder, "weights.safetensors"))
         bench.worker("entrenar").call("step", "write_own_weights", model=STEP["model"], path=weights)
-        try:
-            workers |= {name: bench.start(name) for name in bench.present(BOTH)}
-            times = bench.race("step", tuple(workers), seconds=0.5, rounds=FEW_ROUNDS, agree=step.same_losses,
-                               workers=workers, weights=weights, **STEP)  # fmt: skip
-            peaks = {name: worker.peak() for name, worker in workers.items()}
-        finally:
-            for worker in workers.values():
-                worker.close()
+        times, peaks = bench.race_apart("step", bench.present(BOTH), seconds=0.5, rounds=FEW_ROUNDS,
+                                        agree=step.same_losses, weights=weights, **STEP)  # fmt: skip
     tokens = STEP["batch"] * STEP["context"]
     flops = tokens * bench.worker("entrenar").call(
         "step", "flops_per_token", model=STEP["model"], context=STEP["context"]

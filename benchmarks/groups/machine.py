@@ -60,7 +60,8 @@ def bandwidth() -> float:
 
 
 def reading(megabytes: int = 512) -> float:
-    """Bytes per second that all threads together read and reduce to one number; the best of a few."""
+    """Bytes per second that all threads read, of an array too large for any cache: by kernels.sum_of_squares, which
+    goes through it once; the best of a few."""
     from entrenar import kernels
 
     source = np.ones(megabytes << 18, np.float32)

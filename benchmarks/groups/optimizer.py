@@ -92,12 +92,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 def row(bench: Bench, model: str, target: Target | None) -> Row:
     contenders = bench.present(("entrenar", "torch", "copy"))
-    workers = {name: bench.start(name) for name in contenders}
-    try:
-        times = bench.race("optimizer", contenders, seconds=0.1, workers=workers, model=model)
-    finally:
-        for worker in workers.values():
-            worker.close()
+    times, _ = bench.race_apart("optimizer", contenders, seconds=0.1, model=model)
     seconds, moved = times.of("entrenar").median, bytes_moved(model)
     share, details = f"{machine.shares(times, moved).median:.0f}% of bandwidth", {"seconds": times.seconds}
     size = f"{ARRAYS} arrays of {count(model) / 1e6:.1f} million"

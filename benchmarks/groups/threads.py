@@ -83,11 +83,8 @@ def neighbour(bench: Bench) -> Iterator[Row]:
         weights = str(Path(folder, "weights.safetensors"))
         bench.worker("entrenar").call("step", "write_own_weights", model=MODEL["model"], path=weights)
         for name in contenders:
-            workers = {name: bench.start(name)}
-            try:
+            with bench.apart((name,)) as workers:
                 times = beside(bench, workers, {**MODEL, "weights": weights})
-            finally:
-                workers[name].close()
             slower = ratios(times.seconds["idle"], times.seconds["beside"])
             note = f"{times.of('idle').median * 1e3:.0f} ms alone, {times.of('beside').median * 1e3:.0f} ms beside it"
             target = Target("<=", 2.5) if name == "entrenar" else None
