@@ -10,7 +10,7 @@ extra    = -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
 TORCH   ?= 2.13.0
 
 .PHONY: help train finetune-lora finetune-qlora demo-base test tier1 tier2 tier3 test-peers lint sanitize bench \
-        memory clean
+        bench-check memory clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -58,6 +58,9 @@ sanitize: .venv-sanitize/.ready ## the kernel suite under AddressSanitizer and U
 
 bench: .venv/.ready .venv-peers/.ready .venv-peers/.ready-bench ## the measured tables, against NumPy, PyTorch, llama.cpp and others; ARGS="--full"
 	@$(RUN) -m benchmarks $(ARGS)
+
+bench-check: .venv/.ready ## whether anything got slower than the committed results, against NumPy, and PyTorch where it is
+	@$(RUN) -m benchmarks.check $(ARGS)
 
 memory: .venv/.ready ## memory of full fine-tuning, LoRA and QLoRA: arithmetic and measured, up to 7B; ARGS="--quick"
 	@$(RUN) -m entrenar.examples.memory_benchmarks $(ARGS)

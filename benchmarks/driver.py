@@ -130,6 +130,9 @@ class Bench:
     def share_of_bandwidth(self, bytes_per_second: float) -> str:
         return f"{bytes_per_second / self.machine['bandwidth']:.0%} of bandwidth"
 
+    def share_of_reading(self, bytes_per_second: float) -> str:
+        return f"{bytes_per_second / self.machine['reading']:.0%} of the bandwidth of reading"
+
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
@@ -167,7 +170,12 @@ class Bench:
         """Those of the contenders that can take part."""
         return [name for name in contenders if self.missing(name) is None]
 
-    def race(
+    def race(self, group: str, contenders: Sequence[str], **how_and_args: Any) -> Times:
+        """`races` of a case that is one thing to time."""
+        (times,) = self.races(group, contenders, **how_and_args)
+        return times
+
+    def races(
         self,
         group: str,
         contenders: Sequence[str],
@@ -175,10 +183,10 @@ class Bench:
         seconds: float = 0.05,
         rounds: int | None = None,
         agree: Agreement | Mapping[str, Agreement] = agreeing,
-        workers: dict[str, Worker] | None = None,
+        workers: Mapping[str, Worker] | None = None,
         **args: Any,
-    ) -> Times:
-        """Time a case of a group on each contender, in turns. Raises WrongResult, before timing anything.
+    ) -> list[Times]:
+        """Time a case of a group on each contender, in turns, run by run. Raises WrongResult, before timing anything.
 
         agree   how a contender's check is compared with the first one's; by name where contenders differ in it
         """
@@ -213,14 +221,15 @@ class Bench:
         checks = {name: worker.prepare(group, **args) for name, worker in workers.items()}
         refuse_wrong(f"{group} {args}", checks, agree)
 
-    def take_turns(self, workers: Mapping[str, Worker], seconds: float, rounds: int | None = None) -> Times:
-        """Time what was prepared in these processes, A B A B ..."""
-        times = Times({name: [] for name in workers})
+    def take_turns(self, workers: Mapping[str, Worker], seconds: float, rounds: int | None = None) -> list[Times]:
+        """Time what was prepared in these processes, A B A B ..., run by run of the case."""
+        rounds_of: dict[str, list[list[float]]] = {name: [] for name in workers}
         for _ in range(rounds or self.rounds):
             for name, worker in workers.items():
                 time.sleep(SETTLE)
-                times.seconds[name].append(Spread.of(worker.time(seconds)).median)
-        return times
+                rounds_of[name].append([Spread.of(run).median for run in worker.time(seconds)])
+        runs_of = {name: list(map(list, zip(*rounds, strict=True))) for name, rounds in rounds_of.items()}
+        return [Times(dict(zip(runs_of, runs, strict=True))) for runs in zip(*runs_of.values(), strict=True)]
 
 
 def refuse_wrong(

@@ -16,9 +16,10 @@ sys.path.append(str(ROOT))  # behind everything: an installed entrenar stays the
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.arrays import agree, fingerprint, normal  # noqa: E402
-from benchmarks.driver import Bench, Times, WrongResult  # noqa: E402
+from benchmarks.driver import ISAS, Bench, Times, WrongResult  # noqa: E402
 from benchmarks.groups import (  # noqa: E402
     GROUPS,
+    attention,
     bases,
     checkpointing,
     decode,
@@ -26,12 +27,15 @@ from benchmarks.groups import (  # noqa: E402
     finetune,
     gemm,
     generation,
+    growth,
     llama_cpp,
     machine,
     ops,
+    optimizer,
     packed,
     startup,
     step,
+    threads,
     training,
 )
 from benchmarks.protocol import Case, Server, Worker, WorkerError, peak_memory  # noqa: E402
@@ -47,6 +51,9 @@ from benchmarks.protocol import Case, Server
 def sleeper(seconds, check):
     return lambda scale=1.0: Case(lambda: time.sleep(seconds * scale), [check, 1.0])
 
+def both(**args):
+    return Case([lambda: time.sleep(0.002), lambda: time.sleep(0.008)], [5.0, 1.0])
+
 def broken(**args):
     raise ValueError("no such matrix")
 
@@ -56,7 +63,8 @@ def dying(**args):
 
 class Group:
     CONTENDERS = dict(quick=sleeper(0.003, 5.0), slow=sleeper(0.006, 5.0), wrong=sleeper(0.003, 5.1),
-                      nan=sleeper(0.003, float("nan")), broken=broken, dying=dying)
+                      nan=sleeper(0.003, float("nan")), broken=broken, dying=dying,
+                      both=both, quick_and_slow=both)
     @staticmethod
     def twice(x):
         return 2 * x
@@ -65,7 +73,7 @@ Server(sys.argv[1], lambda group: Group).serve(sys.stdin, sys.stdout)
 """
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 2, "isa": "avx2", "backend": "native", "fma_peak": 1e11,
-           "bandwidth": 2e10, "python": "3.11", "peers": "numpy 2", "busy": 0.0}  # fmt: skip
+           "bandwidth": 2e10, "reading": 1e10, "python": "3.11", "peers": "numpy 2", "busy": 0.0}  # fmt: skip
 
 
 @pytest.fixture
@@ -145,6 +153,15 @@ def test_contenders_take_turns_and_the_slower_one_is_found(bench):
     times = bench.race("group", ["quick", "slow"], seconds=0.01)
     assert [len(times.seconds[name]) for name in ("quick", "slow")] == [3, 3]
     assert times.speedup(of="quick", over="slow").median > 1.2
+
+
+def test_several_runs_of_a_case_are_timed_each_by_itself(bench):
+    one, two = bench.races("group", ["both", "quick_and_slow"], seconds=0.001, rounds=2)
+    for times in (one, two):
+        assert [len(seconds) for seconds in times.seconds.values()] == [2, 2]
+    assert one.of("both").median < two.of("both").median
+    with pytest.raises(ValueError, match="too many"):
+        bench.race("group", ["both"], seconds=0.001)
 
 
 @pytest.mark.parametrize("contender", ["wrong", "nan"])
@@ -244,8 +261,7 @@ def test_groups_are_chosen_by_name_and_slow_ones_only_when_asked_for():
     def names(*arguments):
         return command.chosen(command.parser().parse_args(arguments))
 
-    assert names() == ["gemm", "step", "checkpointing", "ops", "startup", "engine", "packed", "finetune", "decode",
-                       "generation"]  # fmt: skip
+    assert names() == [name for name in GROUPS if name not in ("install", "default_run")]
     assert names("--only", "step,gemm") == ["gemm", "step"]
     assert names("--full", "--default-run") == list(GROUPS)
     assert names("--only", "default-run") == ["default_run"]
@@ -278,7 +294,8 @@ def test_rows_survive_json_and_a_partial_run_keeps_the_other_groups(tmp_path):
 
 def test_a_trial_is_not_written_down_and_an_unusual_run_only_into_the_history(tmp_path, monkeypatch):
     docs = tmp_path / "benchmarks.md"
-    docs.write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    marked = [f"{begin}\nold{isa}\n{end}\n" for isa in ("", "avx2") for begin, end in [report.markers(isa)]]
+    docs.write_text("".join(marked))
     monkeypatch.delenv("ENTRENAR_ISA", raising=False)
 
     def written(*arguments):
@@ -291,10 +308,14 @@ def test_a_trial_is_not_written_down_and_an_unusual_run_only_into_the_history(tm
 
     assert written("--rounds", "1") == []
     assert written("--threads", "7") == ["2026-11-20T100000.json"]
-    assert written("--isa", "avx2") == ["2026-11-20T100000.json"]
-    assert "old" in docs.read_text()
+    assert docs.read_text() == "".join(marked)
+    names = ["2026-11-20T100000-avx2.json", "latest-avx2.json", "benchmarks.md"]
+    assert written("--isa", "avx2") == names
+    assert "old\n" in docs.read_text() and "oldavx2" not in docs.read_text()
     assert written() == ["2026-11-20T100000.json", "latest.json", "benchmarks.md"]
-    assert "a product" in docs.read_text()
+    assert docs.read_text().count("a product") == 2 and "old" not in docs.read_text()
+    monkeypatch.setenv("ENTRENAR_ISA", "avx2")
+    assert written() == ["2026-11-20T100000.json"], "entrenar alone held back is no comparison"
     assert json.loads((tmp_path / "latest.json").read_text())["rows"][0]["measured"]["median"] == 0.95
 
 
@@ -323,15 +344,19 @@ def test_large_inputs_repeat_no_row():
 
 
 def test_only_the_text_between_the_markers_is_replaced():
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.between(text, "new", "x.md") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    (begin, end), (begin2, end2) = report.markers(), report.markers("avx2")
+    other = f"{begin2}\nheld\n{end2}\n"
+    text = f"before\n{begin}\nold\n{end}\nafter\n{other}"
+    assert report.between(text, "new", "x.md") == f"before\n{begin}\nnew\n{end}\nafter\n{other}"
+    assert report.between(text, "new", "x.md", "avx2") == text.replace("held", "new")
     with pytest.raises(ValueError, match="x.md: wanted the markers"):
         report.between("no markers", "new", "x.md")
 
 
 def test_the_documentation_has_the_markers():
     text = (ROOT / "docs" / "benchmarks.md").read_text()
-    report.between(text, "", "docs/benchmarks.md")
+    for isa in ISAS:
+        report.between(text, "", "docs/benchmarks.md", isa)
 
 
 @pytest.mark.parametrize("value, unit, text", [
@@ -346,21 +371,143 @@ def test_numbers_have_three_digits_and_a_unit(value, unit, text):
 
 
 def test_gemm_covers_three_models_and_all_forms():
-    products = list(gemm.products())
-    assert {p.model for p in products} == {"15m", "124m", "1b"} and {p.form for p in products} == set(
-        gemm.FORMS
-    )
+    products = [p for suite in gemm.suites(gemm.TOKENS) for p in suite]
+    assert {p.model for p in products} == {"15m", "124m", "1b"} and {p.form for p in products} == set(gemm.FORMS)
     assert min(p.tokens for p in products) == 64 and max(p.tokens for p in products) == 4096
+    assert {p.layer for p in products if p.model == "1b" and p.tokens == 4096} == {"q_proj"}
+    assert len(set(products)) == len(products)
     for form in gemm.FORMS:
         a, b = gemm.operands(form, 5, 3, 4)
         assert {a.shape[0], a.shape[1], b.shape[1]} == {3, 4, 5} and a.shape[1] == b.shape[0]
 
 
-@pytest.mark.parametrize("name", [*ops.OPERATIONS, ops.OPTIMIZER])
-def test_every_operation_has_both_sides_and_an_amount(name):
-    if name != ops.OPTIMIZER:
-        operation = ops.OPERATIONS[name]
+def product(tokens=64, sides=512):
+    return gemm.Product("124m", "q_proj", "x W^T", tokens, sides, sides)
+
+
+def test_a_shape_under_the_floor_is_measured_again_and_that_counts(monkeypatch, bench):
+    bench.machine = dict(MACHINE)
+    results = {product(64): Times({"entrenar": [1.0], "numpy": [0.5]}),
+               product(65): Times({"entrenar": [1.0], "numpy": [1.2]})}  # fmt: skip
+    asked = []
+
+    def again(ratio):
+        def measured(bench, suites, rounds):
+            asked.extend(suites)
+            assert rounds == gemm.AGAIN * bench.rounds
+            return {product(64): Times({"entrenar": [1.0], "numpy": [ratio]})}
+
+        return measured
+
+    monkeypatch.setattr(gemm, "measured", again(1.1))
+    noisy = gemm.slowest(bench, "slowest", results)
+    assert noisy.met and noisy.measured.median == 1.1 and asked == [[product(64)]]
+    assert noisy.note.endswith("1 under 0.93x were measured again, 9 rounds each: 0 still are")
+    monkeypatch.setattr(gemm, "measured", again(0.8))
+    slow = gemm.slowest(bench, "slowest", results)
+    assert not slow.met and slow.measured.median == 0.8 and slow.note.endswith("1 still are")
+
+
+def test_near_the_peak_are_only_products_large_in_every_direction(bench):
+    bench.machine = dict(MACHINE)
+    second = {"entrenar": [1e-2], "numpy": [1.0]}
+    results = {product(64): Times(second), product(512): Times(second), product(1024): Times(second)}
+    median, lowest = gemm.near_the_peak(bench, results)
+    assert lowest.measured.median == pytest.approx(100 * 2 * 512**3 / 1e-2 / MACHINE["fma_peak"])
+    assert median.measured.median == pytest.approx(1.5 * lowest.measured.median) and not lowest.met
+
+
+def test_every_case_of_gemm_agrees_with_numpy():
+    products = [vars(p) for form in gemm.FORMS for p in [gemm.Product("15m", "q_proj", form, 7, 12, 20)]]
+    ours, theirs = gemm.with_entrenar(products), gemm.with_numpy(products)
+    assert step_like(ours.check, theirs.check) and len(ours.runs) == 3
+    assert [run().shape for run in theirs.runs] == [(7, 20), (7, 12), (20, 12)]
+
+
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+def test_every_operation_has_an_amount(name):
+    for from_memory in (False, True):
+        operation = ops.chosen(name, from_memory)
         assert bool(operation.floats) != bool(operation.flops)
+    assert operation.rate(2.0) == (operation.flops or 4 * operation.floats) / 2.0
+
+
+def test_arrays_from_memory_are_larger_than_those_of_a_model():
+    def size(operation):
+        return sum(math.prod(shape) for shape in operation.shapes)
+
+    for name, measured in ops.OPERATIONS.items():
+        if measured.from_memory:
+            assert size(ops.chosen(name, True)) * 4 > 32 << 20 and size(measured.from_memory) > size(measured.usual)
+
+
+def test_attention_has_fewer_heads_where_it_would_take_minutes_and_the_same_groups():
+    assert attention.shape(256, 12, 12, 64) == attention.Shape(4, 256, 12, 12, 64)
+    long = attention.shape(4096, 32, 4, 64)
+    assert long == attention.Shape(1, 4096, 8, 1, 64) and attention.shape(2048, 32, 4, 64).H == 32
+    assert attention.Shape(2, 3, 4, 4, 5).flops == 7 * 2 * 4 * 9 * 5
+
+
+def test_memory_of_attention_grows_with_the_arrays_it_is_given():
+    sizes = attention.Shape(1, 32, 4, 2, 16)
+    case = attention.with_entrenar(**vars(sizes))
+    assert len(case.check) == 2 * 4  # y, dq, dk, dv
+    grown = attention.growth_of_memory(512)
+    assert grown < 1 << 28 and isinstance(grown, int)
+
+
+def test_the_optimizer_is_measured_on_all_parameters_of_a_model():
+    from entrenar.llama import LlamaConfig
+
+    for model in optimizer.TARGETS:
+        assert optimizer.count(model) == LlamaConfig(**step.MODELS[model]).parameter_count()
+    times = Times({"entrenar": [2.0]})
+    assert optimizer.bytes_per_second("15m", times) == 4 * 8 * optimizer.count("15m") / 2
+
+
+def test_an_optimizer_step_moves_the_parameters_and_drops_the_gradients(monkeypatch):
+    monkeypatch.setattr(optimizer, "parameter_shapes", lambda model: [(8, 4), (4,)])
+    case = optimizer.with_entrenar("15m")
+    before = optimizer.fingerprint(*(p for p, _ in optimizer.parameters_and_gradients("15m")))
+    assert not step_like(case.check, before)
+    case.run()
+
+
+def test_a_curve_is_as_flat_as_its_lowest_point_is_near_its_highest():
+    row = growth.flatness("a step", "share of FMA peak", {"64 tokens": 60.0, "512": 80.0, "4096": 72.0}, None)
+    assert row.measured.median == 0.75 and row.note.startswith("64 tokens 60, 512 80, 4096 72")
+    assert row.details["table"][2] == ["512", "80", "#" * 40] and row.details["curve"]["4096"] == 72.0
+    # Where only what falls counts, a start that is slow is no fault.
+    assert growth.flatness("data", "MB/s", {"1": 2.0, "4": 3.0}, None, falls=True).measured.median == 1.0
+    assert growth.flatness("data", "MB/s", {"1": 4.0, "4": 5.0, "16": 3.0}, None, falls=True).measured.median == 0.75
+
+
+def test_sizes_grow_from_two_million_parameters_to_more_than_a_billion():
+    from entrenar.llama import LlamaConfig
+
+    counts = [LlamaConfig(**shape).parameter_count() for shape in growth.SIZES.values()]
+    whole = growth.SIZES["1.1b, 4 of its 22 layers"] | {"num_hidden_layers": 22}
+    assert 1.5e6 < counts[0] < 2.5e6 and 3.2e8 < counts[3] < 3.7e8
+    assert LlamaConfig(**whole).parameter_count() == 1_100_048_384
+
+
+def test_curves_are_measured_from_the_small_end_on(monkeypatch):
+    tiny = growth.SIZES["2m"] | {"vocab_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setitem(step.MODELS, "15m", tiny)
+    monkeypatch.setitem(growth.TOKENS, "15m", (16, 512))
+    monkeypatch.setattr(growth, "SIZES", {"tiny": tiny})
+    monkeypatch.setattr(growth, "SECONDS", 0.0)
+    small, large = growth.by_tokens("15m")
+    assert (small["tokens"], large["tokens"]) == (16, 512) and small["forward and backward"] < small["step"]
+    assert large["flops"] > 32 * small["flops"]
+    (point,) = growth.by_size()
+    assert point["model"] == "tiny" and point["seconds"] > 0
+
+
+def test_a_busy_neighbour_is_gone_afterwards():
+    with threads.busy_neighbour() as process:
+        assert process.poll() is None
+    assert process.poll() is not None
 
 
 def test_the_first_loss_is_found_in_the_plain_report_and_nowhere_else():
@@ -483,7 +630,7 @@ def test_a_step_that_has_run_warm_is_not_run_again_before_it_is_timed():
 
     server = Server("entrenar", lambda group: Group)
     assert server.answer({"do": "prepare", "group": "step", "args": {}}) == {"check": [3.0, 2.0, 1.0]}
-    assert 0 <= server.last < 1 and next(losses) == 0.5
+    assert 0 <= server.last[0] < 1 and next(losses) == 0.5
     Group.CONTENDERS["entrenar"] = lambda: Case(lambda: next(losses), [], None)
     with pytest.raises(StopIteration):
         server.answer({"do": "prepare", "group": "step", "args": {}})
@@ -549,7 +696,7 @@ def test_rows_of_generation_take_the_best_of_the_peers(bench):
     measured = generated(bench)
     prompt, decoding = generation.against_transformers(measured)
     assert prompt.measured.median == decoding.measured.median == 4.0 and prompt.met and decoding.met
-    assert decoding.share == "80% of 20.0 GB/s read" and "4 of transformers in bfloat16" in decoding.note
+    assert decoding.share == "80% of reading 20.0 GB/s" and "4 of transformers in bfloat16" in decoding.note
     bandwidth = generation.row_of_bandwidth(measured)
     assert bandwidth.measured.median == pytest.approx(0.8) and bandwidth.met
     bf16, four_bits, reading, memory = generation.against_llama_cpp(measured)

@@ -7,6 +7,7 @@ torch and entrenar are imported inside functions: each is there in one kind of p
 """
 
 from benchmarks.groups import (
+    attention,
     checkpointing,
     decode,
     default_run,
@@ -14,20 +15,29 @@ from benchmarks.groups import (
     finetune,
     gemm,
     generation,
+    growth,
+    guard,
     install,
     ops,
+    optimizer,
     packed,
     startup,
     step,
+    threads,
 )
 
 GROUPS = {
     "gemm": gemm,
+    "attention": attention,
+    "ops": ops,
+    "optimizer": optimizer,
     "step": step,
     "checkpointing": checkpointing,
-    "ops": ops,
-    "startup": startup,
     "engine": engine,
+    "growth": growth,
+    "threads": threads,
+    "guard": guard,
+    "startup": startup,
     "packed": packed,
     "finetune": finetune,
     "decode": decode,

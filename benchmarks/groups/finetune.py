@@ -202,7 +202,7 @@ def race(bench: Bench, shape: Shape) -> Measured:
     with bases.written(bench, shape.model, "bfloat16") as folders, bench.apart(sum(starts, [])) as workers:
         for names in starts:
             bench.prepare("finetune", {name: workers[name] for name in names}, AGREE, **case, **folders)
-        times = bench.take_turns(workers, seconds=1.0, rounds=min(bench.rounds, FEW_ROUNDS))
+        (times,) = bench.take_turns(workers, seconds=1.0, rounds=min(bench.rounds, FEW_ROUNDS))
         peaks = {name: worker.peak() for name, worker in workers.items()}
     flops = bench.worker("entrenar").call("finetune", "flops_per_token", model=shape.model, context=shape.context)
     return Measured(bench, shape, times, peaks, flops)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +48,12 @@ def bandwidth(threads: int, megabytes: int = 256) -> float:
 
 
 def reading(megabytes: int = 512) -> float:
-    """Bytes per second that all threads read, of an array too large for any cache: by kernels.sum_of_squares, which
-    goes through it once; the best of a few."""
+    """Bytes per second that all threads together read and reduce to one number; the best of a few."""
     from entrenar import kernels
 
     source = np.ones(megabytes << 18, np.float32)
     best = 0.0
-    for _ in range(7):
+    for _ in range(5):
         started = time.perf_counter()
         kernels.sum_of_squares(source)
         best = max(best, source.nbytes / (time.perf_counter() - started))
@@ -72,7 +74,7 @@ def torch_version() -> dict[str, str]:
 # -- the driver's side
 
 
-def facts(bench) -> dict[str, Any]:
+def facts(bench: Any) -> dict[str, Any]:
     """Everything a number needs beside it to mean something."""
     versions = {"numpy": bench.worker("numpy").call("machine", "numpy_version")}
     if bench.torch_missing is None:
@@ -82,20 +84,41 @@ def facts(bench) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "peers": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        **moving(bench),
+    }
+
+
+def copying(bench: Any) -> float:
+    """Bandwidth of a copy, right now: memory is shared with whoever else runs on the processor."""
+    return bench.worker("numpy").call("machine", "bandwidth", threads=bench.threads)
+
+
+def moving(bench: Any) -> dict[str, Any]:
+    """What changes with the threads, and with the neighbours."""
+    return {
         "busy": busy(),
-        "bandwidth": bench.worker("numpy").call("machine", "bandwidth", threads=bench.threads),
+        "bandwidth": copying(bench),
+        "reading": bench.worker("entrenar").call("machine", "reading"),
         **bench.worker("entrenar").call("machine", "kernel_facts"),
     }
 
 
-def look_again(bench) -> None:
+def look_again(bench: Any) -> None:
     """The peaks once more: a neighbour on the same processor may have taken some of them the last time."""
-    now = {
-        "busy": busy(),
-        "fma_peak": bench.worker("entrenar").call("machine", "kernel_facts")["fma_peak"],
-        "bandwidth": bench.worker("numpy").call("machine", "bandwidth", threads=bench.threads),
-    }
-    bench.machine |= {name: max(value, bench.machine[name]) for name, value in now.items()}
+    now = moving(bench)
+    for name in ("busy", "bandwidth", "reading", "fma_peak"):
+        bench.machine[name] = max(now[name], bench.machine[name])
+
+
+@contextmanager
+def on_threads(bench: Any, threads: int) -> Iterator[Any]:
+    """The same bench on another number of threads: contenders of their own, and what the machine does on as many."""
+    other = dataclasses.replace(bench, threads=threads, workers={})
+    try:
+        other.machine = bench.machine | moving(other)
+        yield other
+    finally:
+        other.close()
 
 
 def busy(seconds: float = 0.5) -> float:
@@ -126,6 +149,7 @@ def line(facts: dict[str, Any]) -> str:
     return (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, "
         f"{facts['isa']} ({facts['backend']} kernels); "
-        f"FMA peak {facts['fma_peak'] / 1e9:.0f} GFLOP/s, bandwidth {facts['bandwidth'] / 1e9:.1f} GB/s; "
+        f"FMA peak {facts['fma_peak'] / 1e9:.0f} GFLOP/s, bandwidth {facts['bandwidth'] / 1e9:.1f} GB/s, "
+        f"of reading {facts['reading'] / 1e9:.1f}; "
         f"Python {facts['python']}, {facts['peers']}{unquiet(facts)}"
     )
