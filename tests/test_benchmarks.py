@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))  # behind everything: an installed entrenar stays the
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.arrays import agree, fingerprint, normal  # noqa: E402
-from benchmarks.driver import ISAS, Bench, Times, WrongResult  # noqa: E402
+from benchmarks.driver import ISAS, Bench, Times, WrongResult, agreeing  # noqa: E402
 from benchmarks.groups import (  # noqa: E402
     GROUPS,
     attention,
@@ -168,6 +168,11 @@ def test_several_runs_of_a_case_are_timed_each_by_itself(bench):
 def test_a_contender_that_computes_something_else_is_refused_before_timing(bench, contender):
     with pytest.raises(WrongResult, match=f"quick computed .*, {contender} "):
         bench.race("group", ["quick", contender])
+
+
+def test_a_contender_with_nothing_to_check_takes_part_and_one_with_something_wrong_does_not():
+    assert agreeing([1.0, 2.0], []) and agreeing([1.0, 2.0], [1.0, 2.0])
+    assert not agreeing([1.0, 2.0], [1.0, 2.1]) and not agreeing([], [1.0, 2.0])
 
 
 def test_each_contender_may_be_compared_in_its_own_way(bench):
@@ -461,8 +466,12 @@ def test_the_optimizer_is_measured_on_all_parameters_of_a_model():
 
     for model in optimizer.TARGETS:
         assert optimizer.count(model) == LlamaConfig(**step.MODELS[model]).parameter_count()
-    times = Times({"entrenar": [2.0]})
-    assert optimizer.bytes_per_second("15m", times) == 4 * 8 * optimizer.count("15m") / 2
+    assert optimizer.bytes_moved("15m") == 4 * 8 * optimizer.count("15m")
+
+
+def test_a_share_of_the_bandwidth_is_taken_round_by_round():
+    times = Times({"entrenar": [1.0, 2.0, 1.0], "copy": [1.0, 1.0, 4.0]})
+    assert machine.shares(times, machine.COPIED / 2) == Spread(50.0, 25.0, 200.0)
 
 
 def test_an_optimizer_step_moves_the_parameters_and_drops_the_gradients(monkeypatch):

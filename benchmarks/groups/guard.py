@@ -37,11 +37,9 @@ def products(bench: Bench) -> Iterator[Row]:
 
 def operations(bench: Bench) -> Iterator[Row]:
     for name in ("rms_norm", "swiglu", "softmax", "cross_entropy"):
-        copying = machine.copying(bench)
-        times = bench.race("ops", ("entrenar",), name=name, from_memory=True)
-        op = ops.chosen(name, from_memory=True)
-        shares = [op.rate(seconds) / copying for seconds in times.seconds["entrenar"]]
-        yield share(f"{name} from memory: share of bandwidth", shares)
+        times = bench.race("ops", ("entrenar", "copy"), name=name, from_memory=True)
+        moved = 4 * ops.chosen(name, from_memory=True).floats
+        yield Row("guard", f"{name} from memory: share of bandwidth", "%", machine.shares(times, moved))
     if bench.torch_missing is None:
         yield ratio("swiglu: speed over PyTorch", bench.race("ops", BOTH, name="swiglu").speedup(over="torch"))
 
@@ -56,10 +54,9 @@ def attending(bench: Bench) -> Iterator[Row]:
 
 
 def moving_parameters(bench: Bench) -> Iterator[Row]:
-    copying = machine.copying(bench)
-    times = bench.race("optimizer", ("entrenar",), model="15m")
-    rate = optimizer.bytes_per_second("15m", times)
-    yield share("clip, AdamW and zeroing, 15m: share of bandwidth", [rate / copying])
+    times = bench.race("optimizer", ("entrenar", "copy"), model="15m")
+    measured = machine.shares(times, optimizer.bytes_moved("15m"))
+    yield Row("guard", "clip, AdamW and zeroing, 15m: share of bandwidth", "%", measured)
 
 
 def stepping(bench: Bench) -> Iterator[Row]:

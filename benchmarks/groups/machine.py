@@ -14,7 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.driver import Times
+from benchmarks.protocol import Case
 from benchmarks.report import unquiet
+from benchmarks.spread import Spread
+
+COPIED = 512 << 20  # bytes, half of them read and half written
 
 # -- asked of a contender's process
 
@@ -32,18 +37,25 @@ def kernel_facts() -> dict[str, Any]:
     }
 
 
-def bandwidth(threads: int, megabytes: int = 256) -> float:
-    """Bytes per second, read and written, of a copy too large for any cache; the best of a few."""
-    source = np.ones(megabytes << 18, np.float32)
-    parts = list(
-        zip(np.array_split(source, threads), np.array_split(np.empty_like(source), threads), strict=True)
-    )
+def copying(**_: Any) -> Case:
+    """A copy too large for any cache, on all threads: a contender that others take turns with, to tell what share of
+    the bandwidth was theirs. Neighbours on the same processor change that within minutes.
+    """
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    source = np.ones(COPIED // 8, np.float32)
+    parts = list(zip(np.array_split(source, threads), np.array_split(np.empty_like(source), threads), strict=True))
+    pool = ThreadPoolExecutor(threads)  # NumPy copies without the lock
+    return Case(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
+
+
+def bandwidth() -> float:
+    """Bytes per second, read and written, of that copy; the best of a few."""
+    (copy,) = copying().runs
     best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            started = time.perf_counter()
-            list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))  # NumPy copies without the lock
-            best = max(best, 2 * source.nbytes / (time.perf_counter() - started))
+    for _ in range(5):
+        started = time.perf_counter()
+        copy()
+        best = max(best, COPIED / (time.perf_counter() - started))
     return best
 
 
@@ -88,16 +100,17 @@ def facts(bench: Any) -> dict[str, Any]:
     }
 
 
-def copying(bench: Any) -> float:
-    """Bandwidth of a copy, right now: memory is shared with whoever else runs on the processor."""
-    return bench.worker("numpy").call("machine", "bandwidth", threads=bench.threads)
+def shares(times: Times, moved: float) -> Spread:
+    """Of the bandwidth, in percent, taken by a contender that moves so many bytes and took turns with "copy"."""
+    both = zip(times.seconds["entrenar"], times.seconds["copy"], strict=True)
+    return Spread.of(100 * (moved / ours) / (COPIED / copy) for ours, copy in both)
 
 
 def moving(bench: Any) -> dict[str, Any]:
     """What changes with the threads, and with the neighbours."""
     return {
         "busy": busy(),
-        "bandwidth": copying(bench),
+        "bandwidth": bench.worker("numpy").call("machine", "bandwidth"),
         "reading": bench.worker("entrenar").call("machine", "reading"),
         **bench.worker("entrenar").call("machine", "kernel_facts"),
     }

@@ -22,7 +22,6 @@ from benchmarks.driver import Bench, Times, WrongResult
 from benchmarks.groups import machine
 from benchmarks.protocol import Case, WorkerError
 from benchmarks.report import Row, Target
-from benchmarks.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,7 @@ def chosen(name: str, from_memory: bool = False) -> Operation:
 CONTENDERS = {
     "entrenar": lambda **which: entrenar_case(chosen(**which)),
     "torch": lambda **which: torch_case(chosen(**which)),
+    "copy": machine.copying,
 }
 
 
@@ -206,12 +206,10 @@ def speed(bench: Bench, what: str, measured: Measured, times: Times) -> Row:
 
 
 def bandwidth(bench: Bench, name: str) -> Row:
-    """Ours alone, on arrays larger than the caches."""
+    """On arrays larger than the caches, taking turns with a copy."""
     measured, op = OPERATIONS[name], chosen(name, from_memory=True)
-    copy = machine.copying(bench)  # beside it: what neighbours leave of the memory changes within minutes
-    times = bench.race("ops", ("entrenar",), name=name, from_memory=True)
-    rates = [op.rate(seconds) for seconds in times.seconds["entrenar"]]
-    share = Spread.of(100 * rate / copy for rate in rates)
+    times = bench.race("ops", ("entrenar", "copy"), name=name, from_memory=True)
+    rate = op.rate(times.of("entrenar").median)
     what = f"{name} {measured.larger or measured.size} from memory: share of bandwidth"
-    note = f"{Spread.of(rates).median / 1e9:.1f} GB/s where a copy had {copy / 1e9:.1f}"
-    return Row("ops", what, "%", share, BANDWIDTH, "", note)
+    note = f"{rate / 1e9:.1f} GB/s where a copy had {machine.COPIED / times.of('copy').median / 1e9:.1f}"
+    return Row("ops", what, "%", machine.shares(times, 4 * op.floats), BANDWIDTH, "", note)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.arrays import fingerprint, normal
-from benchmarks.driver import Bench, Times
+from benchmarks.driver import Bench
+from benchmarks.groups import machine
 from benchmarks.groups.step import ADAMW, MAX_NORM, MODELS
 from benchmarks.protocol import Case
 from benchmarks.report import Row, Target
@@ -78,7 +79,7 @@ def with_torch(model: str) -> Case:
     return Case(run, fingerprint(*(p.detach().numpy() for p in parameters)))
 
 
-CONTENDERS = {"entrenar": with_entrenar, "torch": with_torch}
+CONTENDERS = {"entrenar": with_entrenar, "torch": with_torch, "copy": machine.copying}
 
 
 # -- the driver's side
@@ -90,17 +91,17 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def row(bench: Bench, model: str, target: Target | None) -> Row:
-    contenders = bench.present(("entrenar", "torch"))
+    contenders = bench.present(("entrenar", "torch", "copy"))
     workers = {name: bench.start(name) for name in contenders}
     try:
         times = bench.race("optimizer", contenders, seconds=0.1, workers=workers, model=model)
     finally:
         for worker in workers.values():
             worker.close()
-    seconds, rate = times.of("entrenar").median, bytes_per_second(model, times)
-    share, details = bench.share_of_bandwidth(rate), {"seconds": times.seconds}
+    seconds, moved = times.of("entrenar").median, bytes_moved(model)
+    share, details = f"{machine.shares(times, moved).median:.0f}% of bandwidth", {"seconds": times.seconds}
     size = f"{ARRAYS} arrays of {count(model) / 1e6:.1f} million"
-    note = f"{seconds * 1e3:.1f} ms, {rate / 1e9:.0f} GB/s counting {size}"
+    note = f"{seconds * 1e3:.1f} ms, {moved / seconds / 1e9:.0f} GB/s counting {size}"
     what = f"clip, AdamW and zeroing, {model}"
     if "torch" not in contenders:
         return Row("optimizer", what, "", None, None, share, f"{note}; {bench.torch_missing}", details)
@@ -113,5 +114,5 @@ def count(model: str) -> int:
     return sum(map(math.prod, parameter_shapes(model)))
 
 
-def bytes_per_second(model: str, times: Times) -> float:
-    return 4 * ARRAYS * count(model) / times.of("entrenar").median
+def bytes_moved(model: str) -> int:
+    return 4 * ARRAYS * count(model)
