@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=usual_threads())
     p.add_argument("--isa", choices=[name for name in ISAS if name], default="",
                    help="hold every contender to this instruction set")  # fmt: skip
-    p.add_argument("--full", action="store_true", help="with the 124m model and the size of an installation")
+    p.add_argument("--full", action="store_true", help="with PyTorch's checkpointing and the size of an installation")
     p.add_argument(
         "--default-run", action="store_true", help="with the default training run, about four minutes"
     )

@@ -705,7 +705,7 @@ def test_rows_of_generation_take_the_best_of_the_peers(bench):
     measured = generated(bench)
     prompt, decoding = generation.against_transformers(measured)
     assert prompt.measured.median == decoding.measured.median == 4.0 and prompt.met and decoding.met
-    assert decoding.share == "80% of 20.0 GB/s read" and "4 of transformers in bfloat16" in decoding.note
+    assert decoding.share == "80% of reading 20.0 GB/s" and "4 of transformers in bfloat16" in decoding.note
     bandwidth = generation.row_of_bandwidth(measured)
     assert bandwidth.measured.median == pytest.approx(0.8) and bandwidth.met
     bf16, four_bits, reading, memory = generation.against_llama_cpp(measured)

@@ -135,7 +135,7 @@ class Measured:
         return self.weights[name] * self.writes(name) / self.bandwidth
 
     def bandwidth_share(self, name: str) -> str:
-        return f"{self.share(name):.0%} of {self.bandwidth / 1e9:.1f} GB/s read"
+        return f"{self.share(name):.0%} of reading {self.bandwidth / 1e9:.1f} GB/s"
 
     def peak_share(self, name: str) -> str:
         return self.bench.share_of_peak(self.flops * self.reads(name))
@@ -159,7 +159,7 @@ def race(bench: Bench, model: str, *, llama: bool) -> Measured:
     with bases.written(bench, model, "bfloat16") as folders:
         base = folders["base"]
         files = gguf_files(bench, base, [name for name in contenders if name in LLAMA])
-        bandwidth = bench.worker("entrenar").call("machine", "reading")
+        bandwidth = max(bench.machine["reading"], bench.worker("entrenar").call("machine", "reading"))
         with bench.apart(contenders) as workers:
             how |= {"workers": workers, "base": base, "files": files}
             writing = bench.race("generation", contenders, tokens=1, seconds=DECODING, **how)
