@@ -79,6 +79,15 @@ def test_a_product_of_few_rows_is_as_exact_as_one_of_floats(kind, isa, native):
 
 
 @pytest.mark.parametrize("kind", PACKED)
+def test_a_row_among_few_has_the_bits_it_has_alone(kind, isa, native):
+    rng = np.random.default_rng(10)
+    w, x = random_packed(rng, kind, 7, 192), normal(rng, 8, 192)
+    alone = np.concatenate([native.packed_linear(row[None], w) for row in x])
+    for N in range(1, 9):
+        assert native.packed_linear(x[:N], w).tobytes() == alone[:N].tobytes(), N
+
+
+@pytest.mark.parametrize("kind", PACKED)
 def test_inf_and_nan_in_a_row_stay_in_its_product(kind, isa, native):
     rng = np.random.default_rng(9)
     w, x = random_packed(rng, kind, 6, 128), normal(rng, 3, 128)
