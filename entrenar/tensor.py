@@ -7,7 +7,8 @@ inputs. Three decisions shape the file:
 - **The op is the node.** An op keeps what its own backward needs (`save`), next to the formulas that use it.
 - **Edges lead from op to op, or to a leaf, never to an intermediate tensor.** Only `saved` keeps activations
   alive, and each op drops its own as soon as its backward has run: memory falls during the walk by reference
-  count alone, without the cyclic collector.
+  count alone, without the cyclic collector. The output of an op that is `cheap` is not kept at all: whoever saved
+  it holds the op instead, which makes it again.
 - **Ops are numbered at birth.** An op is younger than everything it reads, so the youngest op with a pending
   gradient has all its consumers behind it: a heap of numbers replaces the topological sort, and no recursion limits
   the depth of a graph.
@@ -71,7 +72,8 @@ class Watcher(Protocol):
     """Sees every operation of this thread, right after it was computed; what it raises ends the computation.
 
         forward    an op, what it was given (tensors, or whatever else came positionally), and its output
-        backward   an op, the gradient of its output, and what its backward returned for its inputs
+        backward   an op, the gradient of its output, and what its backward returned for its inputs: their gradients,
+                   or sums of earlier ones it has added to (`so_far`)
         inside     a module (nn.py) whose forward is about to run: a context around it
     """
 
@@ -211,7 +213,11 @@ class Op:
 
     Tensors come positionally and reach `forward` as their arrays; whatever else comes positionally (indices, Python
     numbers) is passed through and gets no gradient; constants come by keyword. An op never changes its inputs,
-    `dout` or what it saved, for others may hold the same array.
+    `dout` or what it saved, for others may hold the same array; `so_far` lends what a backward may add to.
+
+    An op whose output costs one pass over memory to make says `cheap = True` and how, and other ops keep none of it:
+
+        again() -> array                           the output once more, bit for bit, from what is saved
 
         class Square(Op):
             "y = x^2"
@@ -230,6 +236,10 @@ class Op:
     saved: Any = ()
     born = -1
     edges: list[Op | Tensor | None] | None = None
+    cheap = False
+    remade: np.ndarray | None = None  # the output of a cheap op, from its first reader's backward to its own
+    borrows = False  # whether `saved` holds cheap ops in place of their outputs
+    walk: _Walk | None = None  # while backward runs
     shape: tuple[int, ...] = ()
     dtype: np.dtype = np.dtype(np.float32)
 
@@ -242,6 +252,16 @@ class Op:
 
     def backward(self, dout: np.ndarray) -> Any:
         raise TypeError(f"{self.name} must define backward(self, dout)")
+
+    def again(self) -> np.ndarray:
+        raise TypeError(f"{self.name} is cheap and must define again(self)")
+
+    def so_far(self, i: int) -> np.ndarray | None:
+        """In a backward: the sum of the gradients of input i that came before, if there is one to be added to in place.
+
+        Whoever adds its own part and returns this very array saves the walk an array and an addition.
+        """
+        return self.walk.lend(i, self.edges[i]) if self.walk and self.edges else None
 
     def save(self, *values: Any) -> None:
         """Keep for backward. Save only what it reads, and None for what `needs` shows it will not."""
@@ -264,14 +284,30 @@ class Op:
         """Make `out` the output of this op, with an edge to whatever made each input (or to the leaf itself)."""
         self.born, self.shape, self.dtype = next(births), out.shape, out.dtype
         self.edges = [(x.op or x) if need else None for x, need in zip(inputs, self.needs, strict=True)]
+        for x, edge in zip(inputs, self.edges, strict=True):
+            if isinstance(edge, Op) and edge.cheap and not edge.borrows:
+                self.saved, self.borrows = tuple(edge if kept is x.data else kept for kept in self.saved), True
         out.op, out.requires_grad = self, True
 
-    def run_backward(self, dout: np.ndarray) -> Any:
+    def output(self) -> np.ndarray:
+        """What a cheap op made, for those that hold the op in its place."""
+        self.check_unfreed()
+        if self.remade is None:
+            self.remade = self.again()
+        return self.remade
+
+    def check_unfreed(self) -> None:
         if self.edges is None:
             raise RuntimeError(
                 f"backward: the graph was already freed by an earlier backward() (at {self.name}); "
                 "compute the result again, or sum the results and call backward() once"
             )
+
+    def run_backward(self, dout: np.ndarray, walk: _Walk) -> Any:
+        self.check_unfreed()
+        self.walk, self.remade = walk, None
+        if self.borrows:
+            self.saved = tuple(kept.output() if isinstance(kept, Op) else kept for kept in self.saved)
         result = self.backward(dout)
         if len(self.needs) == 1 and not isinstance(result, (tuple, list, Tensor)):
             result = (result,)
@@ -283,7 +319,7 @@ class Op:
         return result
 
     def free(self) -> None:
-        self.saved = self.edges = None
+        self.saved = self.edges = self.walk = None
 
 
 class _Walk:
@@ -292,21 +328,33 @@ class _Walk:
     def __init__(self) -> None:
         self.heap: list[tuple[int, Op]] = []
         self.pending: dict[int, tuple[np.ndarray, bool]] = {}  # born -> (gradient, whether we may add in place)
+        self.lent: dict[int, np.ndarray] = {}  # input -> the sum of its gradients, which the running op may add to
 
     def push(self, target: Op | Tensor, grad: np.ndarray, *, fresh: bool) -> None:
         if isinstance(target, Tensor):
             _accumulate(target, grad, fresh)
         elif target.born in self.pending:
-            self.pending[target.born] = (_add(*self.pending[target.born], grad), True)
+            self.pending[target.born] = _add(*self.pending[target.born], grad, fresh), True
         else:
             self.pending[target.born] = (grad, fresh)
             heapq.heappush(self.heap, (-target.born, target))
+
+    def lend(self, i: int, edge: Op | Tensor | None) -> np.ndarray | None:
+        """The sum behind an edge, if it is in one piece and nobody else holds it."""
+        if isinstance(edge, Op):
+            total, ours = self.pending.get(edge.born, (None, False))
+        else:
+            total, ours = edge.grad if edge is not None else None, True
+        if total is None or not ours or not total.flags.carray:
+            return None
+        self.lent[i] = total
+        return total
 
     def step(self) -> None:
         """Take the youngest op, run its backward, drop what it saved, and hand its gradients on."""
         _, op = heapq.heappop(self.heap)
         dout, _ = self.pending.pop(op.born)
-        result = op.run_backward(dout)
+        result = op.run_backward(dout, self)
         if _recording.watcher is not None:
             _recording.watcher.backward(op, dout, result)
         edges, saved = op.edges or (), op.saved
@@ -314,8 +362,9 @@ class _Walk:
         if isinstance(result, Tensor):  # a checkpoint, recomputed: go on through the graph it stands for
             self.push(result.op or result, dout, fresh=False)
             return
+        lent, self.lent = self.lent, {}
         for i, edge in enumerate(edges):
-            if edge is not None:
+            if edge is not None and not (lent and result[i] is lent.get(i)):
                 dx = _checked(result[i], edge, op, i)
                 self.push(edge, dx, fresh=_is_ours(dx, i, result, dout, saved))
 
@@ -325,23 +374,32 @@ def _accumulate(leaf: Tensor, grad: np.ndarray, fresh: bool) -> None:
     if leaf.grad is None:
         leaf.grad = grad if fresh else grad.copy()
     else:
-        leaf.grad = _add(leaf.grad, True, grad)
+        leaf.grad = _add(leaf.grad, True, grad, fresh)
 
 
-def _add(total: np.ndarray, ours: bool, grad: np.ndarray) -> np.ndarray:
+def _add(total: np.ndarray, ours: bool, grad: np.ndarray, fresh: bool) -> np.ndarray:
     # 0-d sums come out of NumPy as scalars, hence asarray.
-    return np.add(total, grad, out=total) if ours and total.ndim else np.asarray(total + grad)
+    if not total.ndim:
+        return np.asarray(total + grad)
+    return np.add(total, grad, out=total if ours else grad if fresh else None)
 
 
 def _is_ours(dx: np.ndarray, i: int, result: Any, dout: np.ndarray, saved: Any) -> bool:
-    """Whether nobody else can hold `dx`: only then may later gradients be added to it in place."""
+    """Whether nobody else can hold the memory of `dx`: only then may later gradients be added to it in place."""
+    memory = _memory(dx)
     return (
-        dx.base is None
-        and dx is not dout
-        and dx.flags.writeable
-        and not any(other is dx for j, other in enumerate(result) if j != i)
-        and not any(kept is dx for kept in saved or ())
+        dx.flags.writeable
+        and memory is not _memory(dout)
+        and not any(_memory(other) is memory for j, other in enumerate(result) if j != i)
+        and not any(_memory(kept) is memory for kept in saved or ())
     )
+
+
+def _memory(array: Any) -> Any:
+    """Of a view, the array it looks into; of anything else, itself."""
+    while isinstance(array, np.ndarray) and array.base is not None:
+        array = array.base
+    return array
 
 
 def _checked(dx: Any, edge: Op | Tensor, op: Op, i: int) -> np.ndarray:

@@ -388,9 +388,14 @@ def where(condition: Any, x: Any, y: Any) -> Tensor:
 class Swiglu(Op):
     """y = silu(gate) * up          gate, up, y one shape"""
 
+    cheap = True
+
     def forward(self, gate, up):
         self.save(gate, up)
         return kernels.swiglu_forward(gate, up)
+
+    def again(self):
+        return kernels.swiglu_forward(*self.saved)
 
     def backward(self, dy):
         dgate, dup = kernels.swiglu_backward(dy, *self.saved)
