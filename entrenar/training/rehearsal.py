@@ -24,6 +24,7 @@ from entrenar.training.curve import SCALE, Curve
 from entrenar.training.heap import Array, Heap
 
 ABSURD = 1 << 40  # tokens, channels or words
+IMAGE_BLOCK = 1 << 22  # points: 16 MB, Pillow's
 
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "AdamW's two moments"
 LAYERS, INPUTS, BLOCK = "activations", "inputs of the blocks", "one block, computed again"
@@ -272,11 +273,15 @@ class Rehearsal:
         """The picture of the curve, once everything is trained: drawn larger, then made smaller, across and down."""
         width, height = Curve.size
         peak, fullest = self.heap.peak, self.heap.at_peak
-        large = self.heap.take(PICTURE, SCALE * width, SCALE * height)  # four bytes per point
-        half, small = self.heap.take(PICTURE, width, SCALE * height), self.heap.take(PICTURE, width, height)
-        self.heap.drop(large, half, small)
+        sizes = (SCALE * width, SCALE * height), (width, SCALE * height), (width, height)
+        self.heap.drop(*[block for size in sizes for block in self._image(*size)])
         if self.heap.peak > peak:  # most of it lies where activations were: what is told is what goes beyond them
             self.heap.at_peak = fullest + Counter({PICTURE: self.heap.peak - peak})
+
+    def _image(self, width: int, height: int) -> list[Array]:
+        """As Pillow holds it: four bytes per point, some rows to a block."""
+        most = max(1, IMAGE_BLOCK // width)
+        return [self.heap.take(PICTURE, width, min(most, height - row)) for row in range(0, height, most)]
 
     def _loss_scratch(self) -> None:
         self.scratch(scratch_floats("linear_cross_entropy", self.threads, self.N, self.C, self.V))
