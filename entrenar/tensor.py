@@ -256,6 +256,12 @@ class Op:
     def again(self) -> np.ndarray:
         raise TypeError(f"{self.name} is cheap and must define again(self)")
 
+    def input_shape(self, i: int) -> tuple[int, ...]:
+        """In a backward: of an input that wants a gradient."""
+        edge = self.edges[i] if self.edges else None
+        assert edge is not None, f"{self.name}: input {i} wants no gradient"
+        return edge.shape
+
     def so_far(self, i: int) -> np.ndarray | None:
         """In a backward: the sum of the gradients of input i that came before, if there is one to be added to in place.
 
@@ -270,11 +276,15 @@ class Op:
     @classmethod
     def apply(cls, *inputs: Any, **constants: Any) -> Tensor:
         """Compute, and record if any input requires a gradient; otherwise the op dies here and saves nothing."""
-        op = cls()
-        recording = _recording.on
-        op.needs = [recording and isinstance(x, Tensor) and x.requires_grad for x in inputs]
-        out = Tensor(op.forward(*[x.data if isinstance(x, Tensor) else x for x in inputs], **constants))
-        if any(op.needs):
+        op, recording = cls(), _recording.on
+        arrays, needs = [], []
+        for x in inputs:
+            is_tensor = isinstance(x, Tensor)
+            arrays.append(x.data if is_tensor else x)
+            needs.append(recording and is_tensor and x.requires_grad)
+        op.needs = needs
+        out = Tensor(op.forward(*arrays, **constants))
+        if True in needs:
             op.record(inputs, out)
         if _recording.watcher is not None:
             _recording.watcher.forward(op, inputs, out)
@@ -282,29 +292,32 @@ class Op:
 
     def record(self, inputs: Iterable[Any], out: Tensor) -> None:
         """Make `out` the output of this op, with an edge to whatever made each input (or to the leaf itself)."""
-        self.born, self.shape, self.dtype = next(births), out.shape, out.dtype
-        self.edges = [(x.op or x) if need else None for x, need in zip(inputs, self.needs, strict=True)]
-        for x, edge in zip(inputs, self.edges, strict=True):
-            if isinstance(edge, Op) and edge.cheap and not edge.borrows:
-                self.saved, self.borrows = tuple(edge if kept is x.data else kept for kept in self.saved), True
+        self.born, self.shape, self.dtype = next(births), out.data.shape, out.data.dtype
+        self.edges = []
+        for x, need in zip(inputs, self.needs, strict=True):
+            maker = x.op if need else None
+            self.edges.append(maker or (x if need else None))
+            if maker is not None and maker.cheap and not maker.borrows:
+                self.saved, self.borrows = tuple(maker if kept is x.data else kept for kept in self.saved), True
         out.op, out.requires_grad = self, True
 
     def output(self) -> np.ndarray:
         """What a cheap op made, for those that hold the op in its place."""
-        self.check_unfreed()
+        if self.edges is None:
+            raise self.freed()
         if self.remade is None:
             self.remade = self.again()
         return self.remade
 
-    def check_unfreed(self) -> None:
-        if self.edges is None:
-            raise RuntimeError(
-                f"backward: the graph was already freed by an earlier backward() (at {self.name}); "
-                "compute the result again, or sum the results and call backward() once"
-            )
+    def freed(self) -> RuntimeError:
+        return RuntimeError(
+            f"backward: the graph was already freed by an earlier backward() (at {self.name}); "
+            "compute the result again, or sum the results and call backward() once"
+        )
 
     def run_backward(self, dout: np.ndarray, walk: _Walk) -> Any:
-        self.check_unfreed()
+        if self.edges is None:
+            raise self.freed()
         self.walk, self.remade = walk, None
         if self.borrows:
             self.saved = tuple(kept.output() if isinstance(kept, Op) else kept for kept in self.saved)
@@ -366,7 +379,7 @@ class _Walk:
         for i, edge in enumerate(edges):
             if edge is not None and not (lent and result[i] is lent.get(i)):
                 dx = _checked(result[i], edge, op, i)
-                self.push(edge, dx, fresh=_is_ours(dx, i, result, dout, saved))
+                self.push(edge, dx, fresh=dx.ndim > 0 and _is_ours(dx, i, result, dout, saved))
 
 
 def _accumulate(leaf: Tensor, grad: np.ndarray, fresh: bool) -> None:
@@ -436,12 +449,13 @@ def _first_gradient(out: Tensor, dout: Any) -> np.ndarray:
 
 
 def _as_floats(data: Any) -> np.ndarray:
+    if isinstance(data, np.floating):  # what NumPy makes of arrays without axes
+        return np.asarray(data)
     if isinstance(data, Tensor):
         raise TypeError("Tensor(tensor): it is one already; use .detach() for a new leaf on the same data")
-    keeps_type = isinstance(data, (np.ndarray, np.floating))
     array = np.asarray(data)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"Tensor holds real numbers, got {array.dtype} from {type(data).__name__}")
-    if array.dtype.kind == "f" and keeps_type:
+    if array.dtype.kind == "f" and isinstance(data, np.ndarray):
         return array
     return array.astype(np.float32)

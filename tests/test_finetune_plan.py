@@ -86,7 +86,7 @@ class Whole(FineRehearsal):
     """Counts all of the kernels' scratch memory, as tracemalloc does, and not what of it is touched."""
 
     def scratch(self, floats: int) -> None:
-        Rehearsal.scratch(self, floats)
+        self._lend(floats)
 
 
 class Forgetful(Whole):

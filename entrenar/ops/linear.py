@@ -58,9 +58,8 @@ def times(dy: np.ndarray, w: np.ndarray | Packed) -> np.ndarray:
 
 def product(op: Op, i: int, a: np.ndarray, b: np.ndarray | Packed) -> np.ndarray:
     """The gradient a b of the op's input i, in that input's shape: added to what came before it, where b is floats."""
-    total = None if isinstance(b, Packed) else op.so_far(i)
-    if total is None:
-        return times(a, b).reshape(op.edges[i].shape)
+    if isinstance(b, Packed) or (total := op.so_far(i)) is None:
+        return times(a, b).reshape(op.input_shape(i))
     kernels.matmul_add(rows(total), a, b)
     return total
 

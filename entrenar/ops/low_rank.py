@@ -52,9 +52,11 @@ class LoraLinear(Op):
         dh = kernels.matmul(dy, B * scale)
         dA = kernels.matmul(dh.T, rows(z)) if need_A else None
         dB = kernels.matmul(dy.T, h * scale) if need_B else None
-        dx = product(self, 0, dy, w) if need_x else None
-        if need_x and is_x:
-            kernels.matmul_add(rows(dx), dh, A)
+        dx = None
+        if need_x:
+            dx = product(self, 0, dy, w)
+            if is_x:
+                kernels.matmul_add(rows(dx), dh, A)
         dz = product(self, 5, dh, A) if need_dropped else None
         return dx, None, None, dA, dB, dz
 

@@ -28,8 +28,6 @@ from entrenar.training.rehearsal import (
     scratch_floats,
 )
 
-COLUMNS = 2048  # of a block of csrc/matmul.c.inc
-
 
 @dataclass(frozen=True)
 class LowRank:
@@ -120,12 +118,6 @@ class FineRehearsal(Rehearsal):
         else:
             drop(*kept)
         return y
-
-    def scratch(self, floats: int) -> None:
-        """Of what a product of matrices asks for, it touches as many columns as its result has."""
-        product = scratch_floats("matmul", self.threads)
-        widest = max(self.C, self.F, self.Q, self.V if floats > product else 0)
-        super().scratch(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
 
     def _loss_scratch(self) -> None:
         rows = max(1, round(self.trained * self.N))

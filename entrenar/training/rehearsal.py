@@ -24,6 +24,7 @@ from entrenar.training.curve import SCALE, Curve
 from entrenar.training.heap import Array, Heap
 
 ABSURD = 1 << 40  # tokens, channels or words
+COLUMNS = 2048  # of a block of csrc/matmul.c.inc
 IMAGE_BLOCK = 1 << 22  # points: 16 MB, Pillow's
 
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "AdamW's two moments"
@@ -173,7 +174,13 @@ class Rehearsal:
         self.heap.drop(sin, angles)
 
     def scratch(self, floats: int) -> None:
-        """A kernel wants so many; what an earlier one got stays where it suffices."""
+        """A kernel wants so many; of what a product of matrices asks for, it touches as many columns as the result has."""
+        product = scratch_floats("matmul", self.threads)
+        widest = max(self.C, self.F, self.Q, self.V if floats > product else 0)
+        self._lend(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
+
+    def _lend(self, floats: int) -> None:
+        """What an earlier kernel got stays where it suffices."""
         if floats > self.lent_floats:
             before, self.lent_floats = self.lent, floats
             self.lent = self.heap.take(SCRATCH, floats + 16)
