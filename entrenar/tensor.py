@@ -22,79 +22,16 @@ to Tensor by the table in `entrenar/ops/__init__.py`.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from entrenar.recording import Watcher, current_watcher, is_recording, no_grad, recorded, recording, watched  # noqa: F401
+
 births = itertools.count()  # every recorded op takes the next number
-
-
-class _Recording(threading.local):
-    def __init__(self) -> None:  # runs once in each thread
-        self.on = True
-        self.before: list[bool] = []  # what `on` was outside each no_grad this thread is inside of
-        self.watcher: Watcher | None = None
-
-
-_recording = _Recording()
-
-
-def is_recording() -> bool:
-    """Whether operations are recorded for backward() in this thread."""
-    return _recording.on
-
-
-class no_grad(contextlib.ContextDecorator):
-    """Nothing is recorded, and so nothing saved, inside `with no_grad():` or a function decorated `@no_grad()`."""
-
-    on = False
-
-    def __enter__(self) -> None:
-        _recording.before.append(_recording.on)
-        _recording.on = self.on
-
-    def __exit__(self, *error: object) -> None:
-        _recording.on = _recording.before.pop()
-
-
-class recorded(no_grad):
-    """The opposite, for what is computed again during a backward() that is called inside no_grad."""
-
-    on = True
-
-
-class Watcher(Protocol):
-    """Sees every operation of this thread, right after it was computed; what it raises ends the computation.
-
-        forward    an op, what it was given (tensors, or whatever else came positionally), and its output
-        backward   an op, the gradient of its output, and what its backward returned for its inputs: their gradients,
-                   or sums of earlier ones it has added to (`so_far`)
-        inside     a module (nn.py) whose forward is about to run: a context around it
-    """
-
-    def forward(self, op: Op, inputs: Sequence[Any], out: Tensor) -> None: ...
-    def backward(self, op: Op, dout: np.ndarray, grads: Any) -> None: ...
-    def inside(self, module: Any) -> contextlib.AbstractContextManager[None]: ...
-
-
-@contextlib.contextmanager
-def watched(watcher: Watcher) -> Iterator[None]:
-    """Inside, `watcher` sees every operation of this thread (instead of another one that did before)."""
-    before, _recording.watcher = _recording.watcher, watcher
-    try:
-        yield
-    finally:
-        _recording.watcher = before
-
-
-def current_watcher() -> Watcher | None:
-    """Who watches this thread's operations, if anyone."""
-    return _recording.watcher
 
 
 class Tensor:
@@ -215,10 +152,6 @@ class Op:
     numbers) is passed through and gets no gradient; constants come by keyword. An op never changes its inputs,
     `dout` or what it saved, for others may hold the same array; `so_far` lends what a backward may add to.
 
-    An op whose output costs one pass over memory to make says `cheap = True` and how, and other ops keep none of it:
-
-        again() -> array                           the output once more, bit for bit, from what is saved
-
         class Square(Op):
             "y = x^2"
             def forward(self, x):
@@ -230,6 +163,9 @@ class Op:
                 return 2 * x * dy
 
         y = Square.apply(Tensor([1.0, 2.0], requires_grad=True))
+
+    An op whose output costs no more than a pass over memory may say `cheap = True` and define again(), which makes it
+    once more, bit for bit, from what is saved: then no other op keeps that output.
     """
 
     needs: list[bool]  # which positional inputs want a gradient
@@ -276,18 +212,18 @@ class Op:
     @classmethod
     def apply(cls, *inputs: Any, **constants: Any) -> Tensor:
         """Compute, and record if any input requires a gradient; otherwise the op dies here and saves nothing."""
-        op, recording = cls(), _recording.on
+        op, on = cls(), recording.on
         arrays, needs = [], []
         for x in inputs:
             is_tensor = isinstance(x, Tensor)
             arrays.append(x.data if is_tensor else x)
-            needs.append(recording and is_tensor and x.requires_grad)
+            needs.append(on and is_tensor and x.requires_grad)
         op.needs = needs
         out = Tensor(op.forward(*arrays, **constants))
         if True in needs:
             op.record(inputs, out)
-        if _recording.watcher is not None:
-            _recording.watcher.forward(op, inputs, out)
+        if recording.watcher is not None:
+            recording.watcher.forward(op, inputs, out)
         return out
 
     def record(self, inputs: Iterable[Any], out: Tensor) -> None:
@@ -368,8 +304,8 @@ class _Walk:
         _, op = heapq.heappop(self.heap)
         dout, _ = self.pending.pop(op.born)
         result = op.run_backward(dout, self)
-        if _recording.watcher is not None:
-            _recording.watcher.backward(op, dout, result)
+        if recording.watcher is not None:
+            recording.watcher.backward(op, dout, result)
         edges, saved = op.edges or (), op.saved
         op.free()
         if isinstance(result, Tensor):  # a checkpoint, recomputed: go on through the graph it stands for
@@ -378,7 +314,7 @@ class _Walk:
         lent, self.lent = self.lent, {}
         for i, edge in enumerate(edges):
             if edge is not None and not (lent and result[i] is lent.get(i)):
-                dx = _checked(result[i], edge, op, i)
+                dx = _checked(result[i], edge, op, i)  # of one without axes a copy costs less than the question
                 self.push(edge, dx, fresh=dx.ndim > 0 and _is_ours(dx, i, result, dout, saved))
 
 

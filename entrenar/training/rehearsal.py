@@ -174,7 +174,7 @@ class Rehearsal:
         self.heap.drop(sin, angles)
 
     def scratch(self, floats: int) -> None:
-        """A kernel wants so many; of what a product of matrices asks for, it touches as many columns as the result has."""
+        """A kernel wants so many; a product of matrices touches as many columns of them as its result has."""
         product = scratch_floats("matmul", self.threads)
         widest = max(self.C, self.F, self.Q, self.V if floats > product else 0)
         self._lend(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
