@@ -55,8 +55,8 @@ def test_help_names_every_verb_in_order_and_the_exit_codes(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert re.findall(r"^  (\w+) {2,}\w", text, re.M) == [
-        "train", "finetune", "resume", "plan", "generate", "chat", "eval", "data", "inspect", "merge", "quantize",
-        "export", "doctor", "completion",
+        "train", "finetune", "resume", "plan", "profile", "generate", "chat", "eval", "data", "inspect", "merge",
+        "quantize", "export", "doctor", "completion",
     ]  # fmt: skip
     for code in ("0", "1", "2", "130", "143", "141"):
         assert re.search(rf"\b{code}\b", text)

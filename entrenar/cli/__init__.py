@@ -29,6 +29,7 @@ VERBS = {
     "finetune": "entrenar.cli.finetune",
     "resume": "entrenar.cli.resume",
     "plan": "entrenar.cli.plan",
+    "profile": "entrenar.cli.profile",
     "generate": "entrenar.cli.generate",
     "chat": "entrenar.cli.chat",
     "eval": "entrenar.cli.evaluate",
@@ -40,7 +41,7 @@ VERBS = {
     "doctor": "entrenar.cli.doctor",
     "completion": "entrenar.cli.completion",
 }
-CONFIGURED = ("train", "finetune", "resume", "plan", "data")  # those that take --section.key VALUE
+CONFIGURED = ("train", "finetune", "resume", "plan", "profile", "data")  # those that take --section.key VALUE
 
 DONE, FAILED, UNUSABLE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 
@@ -52,9 +53,8 @@ entrenar COMMAND --help has options and an example; entrenar --version which one
 examples:
   entrenar train --data.source book.txt --budget 20m
   entrenar finetune --base.model Llama-3.2-1B --data.source chats.jsonl
-Exit codes: 0 done; 1 failed on the way; 2 the command line, configuration or a
-file cannot be used; 130 Ctrl-C, 143 SIGTERM (a training run has saved); 141 the
-reader of a pipe went away. ENTRENAR_TRACEBACK=1 shows where it failed."""
+Exit codes: 0 done; 1 failed on the way; 2 unusable command, option or file; 130
+Ctrl-C, 143 SIGTERM (a run has saved); 141 a pipe's reader went away."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -77,12 +77,12 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def options_of(verb: str) -> list[Option]:
-    """The options a verb takes: of its own kind of run; `plan` and `resume` take both kinds', the latter not all."""
+    """The options a verb takes: of its own kind of run; `plan`, `profile`, `resume` take both, the last not all."""
     from entrenar.training import job
     from entrenar.training.config import KINDS, Config, options
 
     own = [kind for kind in KINDS if verb == kind.VERB] or [Config]
-    kinds = KINDS if verb in ("plan", "resume") else own
+    kinds = KINDS if verb in ("plan", "profile", "resume") else own
     known = {option.full_name: option for kind in reversed(kinds) for option in options(kind)}
     return [option for name, option in known.items() if verb != "resume" or job.may_change(name)]
 

@@ -24,8 +24,8 @@ def fma_peak(threads: int, seconds: float) -> float:
 
 def memory_bandwidth(threads: int, seconds: float, nbytes: int) -> float:
     """Bytes per second, read and written, of a copy of `nbytes`, the threads sharing it; the best within `seconds`."""
-    source = np.ones(nbytes // 4, np.float32)
-    pairs = list(zip(np.array_split(source, threads), np.array_split(np.empty_like(source), threads), strict=True))
+    source, copy = np.ones((2, nbytes // 4), np.float32)  # both written: fresh pages would be measured instead
+    pairs = list(zip(np.array_split(source, threads), np.array_split(copy, threads), strict=True))
     best, end = 0.0, time.perf_counter() + seconds
     with ThreadPoolExecutor(threads) as pool:
         while True:

@@ -1,0 +1,80 @@
+"""A training step of a configuration, on tokens drawn at random: what `entrenar profile` looks at.
+
+The model, optimizer and micro-batches are those the run would have; only the text is not read. Every token is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from entrenar import kernels, optim, random
+from entrenar.adapters import adapt
+from entrenar.data import Batch
+from entrenar.llama import Llama
+from entrenar.observe.profile import Profile
+from entrenar.training import finetune, pretrain
+from entrenar.training.adapter import lora_config, trial
+from entrenar.training.config import FineTuning, Run
+from entrenar.training.finetune_options import FULL
+from entrenar.training.plan import expected_shape
+from entrenar.training.trainer import accumulate_gradients
+
+
+@dataclass
+class Step:
+    """One optimizer step, again and again.
+
+    batch, context   sequences in all micro-batches together, and tokens of each
+    """
+
+    model: Llama
+    optimizer: optim.AdamW
+    clip_norm: float
+    batches: list[Batch]
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.ids.size for batch in self.batches)
+
+    def run(self) -> Profile:
+        """Do what the trainer does in a step, and time it."""
+        with Profile() as profile:
+            accumulate_gradients(self.model, self.batches)
+            norm = optim.global_norm(self.model.parameters())
+            self.optimizer.step(grad_scale=optim.clip_scale(norm, self.clip_norm))
+            self.optimizer.zero_grad()
+        return profile
+
+
+def step_of(config: Run) -> Step:
+    """Build it. Raises ConfigError and FormatError where the configuration or the model it names cannot be used."""
+    kernels.keep_freed_memory()
+    random.seed(config.training.seed)
+    if isinstance(config, FineTuning):
+        shape = finetune.base_shape(config)
+        config = config.fitting(shape.max_position_embeddings)
+        trial(config, shape)
+        model, context = finetune.base_model(config), config.data.longest
+        if config.adapter.kind != FULL:
+            adapt(model, lora_config(config))
+    else:
+        recompute, context = config.training.activation_checkpointing, config.training.context
+        if config.training.start_from:
+            pretrain.pretrained_shape(config)
+            model = Llama.from_pretrained(pretrain.folder_of(config), checkpointing=recompute)
+        else:
+            model = Llama(expected_shape(config), checkpointing=recompute)
+    t = config.training
+    optimizer = optim.AdamW(model.named_parameters(), lr=config.lr_schedule.peak, betas=(t.beta1, t.beta2), eps=t.eps,
+                            weight_decay=t.weight_decay)  # fmt: skip
+    batches = [_batch(number, t.batch_size, context, model.config.vocab_size) for number in range(t.accumulation)]
+    return Step(model, optimizer, t.clip_norm, batches)
+
+
+def _batch(seed: int, batch: int, context: int, vocabulary: int) -> Batch:
+    """Tokens (B, T), more often small than large, as in text."""
+    drawn = np.random.default_rng(seed).random((batch, context + 1)) ** 3
+    ids = (drawn * vocabulary).astype(np.int64)
+    return Batch(ids[:, :-1], ids[:, 1:])
