@@ -101,7 +101,7 @@ def said(case: Case) -> int:
 
 @pytest.fixture
 def small(monkeypatch):
-    """124m is something small for once; of the kernels' scratch all counts, for tracemalloc sees not what is touched."""
+    """124m is something small for once; all of the kernels' scratch counts: tracemalloc sees not what is touched."""
     monkeypatch.setitem(memory_arithmetic.SHAPES, "124m", SHAPE)
     monkeypatch.setattr(memory_arithmetic.Rehearsal, "scratch", memory_arithmetic.Rehearsal._lend)
 
