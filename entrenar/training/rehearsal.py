@@ -180,8 +180,10 @@ class Rehearsal:
         self._lend(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
 
     def _lend(self, floats: int) -> None:
-        """What an earlier kernel got stays where it suffices."""
-        if floats > self.lent_floats:
+        """What an earlier kernel got stays where it suffices; what the reference makes goes at once."""
+        if kernels.info().backend != "native":
+            self.heap.drop(self.heap.take(SCRATCH, floats))
+        elif floats > self.lent_floats:
             before, self.lent_floats = self.lent, floats
             self.lent = self.heap.take(SCRATCH, floats + 16)
             self.heap.drop(before)
