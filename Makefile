@@ -10,7 +10,7 @@ extra    = -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
 TORCH   ?= 2.13.0
 
 .PHONY: help train finetune-lora finetune-qlora demo-base test tier1 tier2 tier3 test-peers lint sanitize bench \
-        memory clean
+        bench-check memory clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -56,8 +56,11 @@ sanitize: .venv-sanitize/.ready ## the kernel suite under AddressSanitizer and U
 	@cd build/sanitize && $(SANITIZED) ../../.venv-sanitize/bin/pytest -c ../../pyproject.toml --rootdir ../.. \
 	    -p no:cacheprovider -m "not tier3 and not peers" $(addprefix ../../,$(SUITE))
 
-bench: .venv/.ready .venv-peers/.ready ## the measured tables, against NumPy, PyTorch and transformers; ARGS="--full"
+bench: .venv/.ready .venv-peers/.ready .venv-peers/.ready-bench ## the measured tables, against NumPy, PyTorch, llama.cpp and others; ARGS="--full"
 	@$(RUN) -m benchmarks $(ARGS)
+
+bench-check: .venv/.ready ## whether anything got slower than the committed results, against NumPy, and PyTorch where it is
+	@$(RUN) -m benchmarks.check $(ARGS)
 
 memory: .venv/.ready ## memory of full fine-tuning, LoRA and QLoRA: arithmetic and measured, up to 7B; ARGS="--quick"
 	@$(RUN) -m entrenar.examples.memory_benchmarks $(ARGS)
@@ -98,6 +101,20 @@ endef
 	@.venv-peers/bin/python $(PIP) install transformers peft bitsandbytes accelerate jinja2 protobuf gguf \
 	    sentencepiece -e '.[test]'
 	@touch $@
+
+# llama.cpp is compiled on the spot, which takes many minutes, twice: its instruction set is fixed by that. Only the
+# benchmarks need it; where it cannot be built the tables say so, and the next run tries again. pip's cache would take
+# one build for the other.
+LLAMA_CPP ?= 0.3.36
+AVX2      := -DGGML_NATIVE=OFF -DGGML_AVX512=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
+llama_cpp  = rm -rf .venv-peers/llama.cpp/$(1) && CMAKE_ARGS='$(2) -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF' \
+    .venv-peers/bin/python $(PIP) install --no-cache-dir --no-deps --no-binary llama-cpp-python \
+    --target .venv-peers/llama.cpp/$(1) 'llama-cpp-python==$(LLAMA_CPP)' diskcache
+
+.venv-peers/.ready-bench: | .venv-peers/.ready
+	@echo "building llama.cpp, once, in some ten minutes ..."
+	@{ $(call llama_cpp,avx2,$(AVX2)) && $(call llama_cpp,native,-DGGML_NATIVE=ON) && touch $@; } \
+	    || echo "llama.cpp could not be built (it needs cmake and a C++ compiler): the tables will say so" >&2
 
 # Built from a copy: the objects of the everyday build are not these.
 .venv-sanitize/.ready: $(BUILD) $(wildcard entrenar/*.py entrenar/*/*.py)

@@ -1,6 +1,6 @@
-"""Benchmarks: entrenar against NumPy, PyTorch and transformers, on this machine, in one run.
+"""Benchmarks: entrenar against NumPy, PyTorch, transformers, llama.cpp and others, on this machine, in one run.
 
-    make bench                                   all but the slow groups, under ten minutes
+    make bench                                   all but the slow groups, under half an hour
     python -m benchmarks --only gemm,step        some groups
     python -m benchmarks --default-run --full    the slow ones too
 

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=usual_threads())
     p.add_argument("--isa", choices=[name for name in ISAS if name], default="",
                    help="hold every contender to this instruction set")  # fmt: skip
-    p.add_argument("--full", action="store_true", help="with the 124m model and the size of an installation")
+    p.add_argument("--full", action="store_true", help="with PyTorch's checkpointing and the size of an installation")
     p.add_argument(
         "--default-run", action="store_true", help="with the default training run, about four minutes"
     )
@@ -78,14 +78,14 @@ def run(bench: Bench, names: list[str], say: Callable[[str], None] = print) -> t
 
 
 def record(result: report.Report, args: argparse.Namespace) -> list[Path]:
-    """Writes down what is worth it; runs on an unusual number of threads, or instruction set, apart."""
+    """Writes down what is worth it; runs on an unusual number of threads, or entrenar alone held back, apart."""
     if args.rounds < RECORDED or not result.rows:
         return []
-    written = [result.write_dated(args.results)]
-    if args.threads == usual_threads() and not args.isa and "ENTRENAR_ISA" not in os.environ:
-        written.append(result.write_latest(args.results, list(GROUPS)))
+    written = [result.write_dated(args.results, args.isa)]
+    if args.threads == usual_threads() and "ENTRENAR_ISA" not in os.environ:
+        written.append(result.write_latest(args.results, list(GROUPS), args.isa))
         if args.docs.exists():
-            result.write_docs(args.docs)
+            result.write_docs(args.docs, args.isa)
             written.append(args.docs)
     return written
 

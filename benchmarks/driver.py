@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,8 +59,8 @@ Agreement = Callable[
 
 
 def is_peer(contender: str) -> bool:
-    """Whether this one runs in the peers' environment: "torch", or one of several, "torch-bfloat16"."""
-    return contender.partition("-")[0] == "torch"
+    """Whether this one runs in the peers' environment: "torch", or one of several, "torch-bfloat16", "llama-f16"."""
+    return contender.partition("-")[0] in ("torch", "llama")
 
 
 class WrongResult(RuntimeError):
@@ -67,7 +68,8 @@ class WrongResult(RuntimeError):
 
 
 def agreeing(a: list[float], b: list[float]) -> bool:
-    return agree(a, b, tolerance=TOLERANCE)
+    """Equal, but for rounding. A contender with nothing to check, a copy, has an empty list."""
+    return not b or agree(a, b, tolerance=TOLERANCE)
 
 
 @dataclass
@@ -129,6 +131,9 @@ class Bench:
     def share_of_bandwidth(self, bytes_per_second: float) -> str:
         return f"{bytes_per_second / self.machine['bandwidth']:.0%} of bandwidth"
 
+    def share_of_reading(self, bytes_per_second: float) -> str:
+        return f"{bytes_per_second / self.machine['reading']:.0%} of the bandwidth of reading"
+
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
@@ -146,11 +151,32 @@ class Bench:
             return f"peer not installed ({error})"
         return None
 
+    @cached_property
+    def llama_missing(self) -> str | None:
+        """Why llama.cpp takes no part; None if it does."""
+        if self.torch_missing:
+            return self.torch_missing
+        try:
+            self.worker("torch").call("llama_cpp", "version")
+        except WorkerError as error:
+            return f"peer not installed ({error})"
+        return None
+
+    def missing(self, contender: str) -> str | None:
+        """Why this one takes no part; None if it does."""
+        kind = contender.partition("-")[0]
+        return self.torch_missing if kind == "torch" else self.llama_missing if kind == "llama" else None
+
     def present(self, contenders: Sequence[str]) -> list[str]:
         """Those of the contenders that can take part."""
-        return [name for name in contenders if not is_peer(name) or self.torch_missing is None]
+        return [name for name in contenders if self.missing(name) is None]
 
-    def race(
+    def race(self, group: str, contenders: Sequence[str], **how_and_args: Any) -> Times:
+        """`races` of a case that is one thing to time."""
+        (times,) = self.races(group, contenders, **how_and_args)
+        return times
+
+    def races(
         self,
         group: str,
         contenders: Sequence[str],
@@ -158,22 +184,58 @@ class Bench:
         seconds: float = 0.05,
         rounds: int | None = None,
         agree: Agreement | Mapping[str, Agreement] = agreeing,
-        workers: dict[str, Worker] | None = None,
+        workers: Mapping[str, Worker] | None = None,
         **args: Any,
-    ) -> Times:
-        """Time a case of a group on each contender, in turns. Raises WrongResult, before timing anything.
+    ) -> list[Times]:
+        """Time a case of a group on each contender, in turns, run by run. Raises WrongResult, before timing anything.
 
         agree   how a contender's check is compared with the first one's; by name where contenders differ in it
         """
         workers = workers or {name: self.worker(name) for name in contenders}
-        checks = {name: workers[name].prepare(group, **args) for name in contenders}
-        refuse_wrong(f"{group} {args}", checks, agree)
-        times = Times({name: [] for name in contenders})
-        for _ in range(rounds or self.rounds):
+        self.prepare(group, {name: workers[name] for name in contenders}, agree, **args)
+        return self.turns({name: workers[name] for name in contenders}, seconds, rounds)
+
+    def race_apart(
+        self, group: str, contenders: Sequence[str], **args: Any
+    ) -> tuple[Times, dict[str, int]]:
+        """A race of new processes that do nothing else: their peak memory is that of this case alone."""
+        with self.apart(contenders) as workers:
+            times = self.race(group, contenders, workers=workers, **args)
+            return times, {name: worker.peak() for name, worker in workers.items()}
+
+    @contextmanager
+    def apart(self, contenders: Sequence[str]) -> Iterator[dict[str, Worker]]:
+        """New processes of these contenders, which end with the block."""
+        workers: dict[str, Worker] = {}
+        try:
             for name in contenders:
-                time.sleep(SETTLE)
-                times.seconds[name].append(Spread.of(workers[name].time(seconds)).median)
+                workers[name] = self.start(name)
+            yield workers
+        finally:
+            for worker in workers.values():
+                worker.close()
+
+    def prepare(
+        self, group: str, workers: Mapping[str, Worker], agree: Agreement | Mapping[str, Agreement], **args: Any
+    ) -> None:
+        """Build a case in each of these processes. Raises WrongResult unless they agree with the first."""
+        checks = {name: worker.prepare(group, **args) for name, worker in workers.items()}
+        refuse_wrong(f"{group} {args}", checks, agree)
+
+    def take_turns(self, workers: Mapping[str, Worker], seconds: float, rounds: int | None = None) -> Times:
+        """`turns` of cases that are one thing to time."""
+        (times,) = self.turns(workers, seconds, rounds)
         return times
+
+    def turns(self, workers: Mapping[str, Worker], seconds: float, rounds: int | None = None) -> list[Times]:
+        """Time what was prepared in these processes, A B A B ..., run by run."""
+        rounds_of: dict[str, list[list[float]]] = {name: [] for name in workers}
+        for _ in range(rounds or self.rounds):
+            for name, worker in workers.items():
+                time.sleep(SETTLE)
+                rounds_of[name].append([Spread.of(run).median for run in worker.time(seconds)])
+        runs_of = {name: list(map(list, zip(*rounds, strict=True))) for name, rounds in rounds_of.items()}
+        return [Times(dict(zip(runs_of, runs, strict=True))) for runs in zip(*runs_of.values(), strict=True)]
 
 
 def refuse_wrong(

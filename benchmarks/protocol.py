@@ -1,7 +1,7 @@
 """How the driver and a contender's process speak: one JSON object per line, requests in, answers out.
 
     {"do": "prepare", "group": "gemm", "args": {...}}  -> {"check": [...]}   builds a case, runs it once
-    {"do": "time", "seconds": 0.05}                    -> {"times": [...]}   seconds per run
+    {"do": "time", "seconds": 0.05}                    -> {"times": [[...]]} seconds per run, for each run of the case
     {"do": "call", "group": "machine", "what": "bandwidth", "args": {...}}
                                                        -> {"result": ...}    any other question
     {"do": "peak"}                                     -> {"bytes": ...}     most memory so far
@@ -33,10 +33,19 @@ class WorkerError(RuntimeError):
 
 @dataclass
 class Case:
-    """Something to time, and numbers that tell whether it computed what it should (arrays.fingerprint)."""
+    """Something to time, and numbers that tell whether it computed what it should (arrays.fingerprint).
 
-    run: Callable[[], Any]
+    run       one thing to time, or several, each timed by itself: they share a turn and its warming up
+    seconds   that a run took, of a case that has run warm already; None: one run more will tell
+    """
+
+    run: Callable[[], Any] | Sequence[Callable[[], Any]]
     check: list[float] = field(default_factory=list)
+    seconds: float | None = None
+
+    @property
+    def runs(self) -> Sequence[Callable[[], Any]]:
+        return [self.run] if callable(self.run) else self.run
 
 
 # -- the contender's side
@@ -48,7 +57,7 @@ class Server:
     def __init__(self, contender: str, find: Callable[[str], Any]) -> None:
         self.contender, self.find = contender, find
         self.case: Case | None = None
-        self.last = float("inf")  # seconds the last run took
+        self.last: list[float] = []  # seconds each run of the case took the last time
 
     def serve(self, requests: TextIO, answers: TextIO) -> None:
         for line in requests:
@@ -74,29 +83,40 @@ class Server:
     def prepare(self, group: str, args: Mapping[str, Any]) -> dict[str, Any]:
         self.case = None  # the last one's memory goes before the next one's comes
         self.case = self.find(group).CONTENDERS[self.contender](**args)
-        self.last = self.sample(1)
+        known = self.case.seconds
+        self.last = [self.sample(run, 1) if known is None else known for run in self.case.runs]
         return {"check": self.case.check}
 
-    def time(self, seconds: float) -> list[float]:
-        """Seconds per run, sampled for about `seconds`, at least once."""
-        warm = time.perf_counter() + (WARM if self.last < LONG else 0)
-        while time.perf_counter() < warm:  # threads wake up and spread, caches fill
-            self.last = self.sample(1)
-        runs = max(1, round(SHORT / max(self.last, 1e-9)))
+    def time(self, seconds: float) -> list[list[float]]:
+        """Seconds per run, each run of the case sampled for about `seconds`, at least once."""
+        if self.case is None:
+            raise ValueError("nothing is prepared")
+        self.warm_up(self.case)
+        return [self.samples(i, run, seconds) for i, run in enumerate(self.case.runs)]
+
+    def warm_up(self, case: Case) -> None:
+        """Threads wake up and spread, caches fill: by the shortest run, unless that is long enough by itself."""
+        shortest = min(range(len(self.last)), key=self.last.__getitem__)
+        end = time.perf_counter() + (WARM if self.last[shortest] < LONG else 0)
+        while time.perf_counter() < end:
+            self.last[shortest] = self.sample(case.runs[shortest], 1)
+
+    def samples(self, i: int, run: Callable[[], Any], seconds: float) -> list[float]:
+        if self.last[i] < LONG:
+            self.last[i] = self.sample(run, 1)  # the one before left its own numbers in the caches
+        runs = max(1, round(SHORT / max(self.last[i], 1e-9)))
         times: list[float] = []
         end = time.perf_counter() + seconds
         while not times or time.perf_counter() < end:
-            times.append(self.sample(runs))
-        self.last = times[-1]
+            times.append(self.sample(run, runs))
+        self.last[i] = times[-1]
         return times
 
-    def sample(self, runs: int) -> float:
-        if self.case is None:
-            raise ValueError("nothing is prepared")
+    def sample(self, run: Callable[[], Any], times: int) -> float:
         started = time.perf_counter()
-        for _ in range(runs):
-            self.case.run()
-        return (time.perf_counter() - started) / runs
+        for _ in range(times):
+            run()
+        return (time.perf_counter() - started) / times
 
 
 def peak_memory() -> int:
@@ -154,7 +174,7 @@ class Worker:
     def prepare(self, group: str, **args: Any) -> list[float]:
         return self.ask("prepare", group=group, args=args)["check"]
 
-    def time(self, seconds: float) -> list[float]:
+    def time(self, seconds: float) -> list[list[float]]:
         return self.ask("time", seconds=seconds)["times"]
 
     def call(self, group: str, what: str, **args: Any) -> Any:

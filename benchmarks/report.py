@@ -13,7 +13,12 @@ from typing import Any
 from benchmarks.spread import Spread
 
 NOISE = 0.1  # of the processors' time: more of it taken by others is said in the report
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def markers(isa: str = "") -> tuple[str, str]:
+    """Around what is generated in docs/benchmarks.md: of the machine as it is, and held to an instruction set."""
+    name = f"benchmarks {isa}" if isa else "benchmarks"
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
 @dataclass(frozen=True)
@@ -157,13 +162,13 @@ class Report:
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         return path
 
-    def write_dated(self, folder: Path) -> Path:
+    def write_dated(self, folder: Path, isa: str = "") -> Path:
         """This run alone, for the history."""
-        return self.write(folder / f"{self.date.replace(':', '')}.json")
+        return self.write(folder / f"{named(self.date.replace(':', ''), isa)}.json")
 
-    def write_latest(self, folder: Path, order: Sequence[str]) -> Path:
-        """latest.json: this run, with the groups it left out from earlier ones, in this order."""
-        latest = folder / "latest.json"
+    def write_latest(self, folder: Path, order: Sequence[str], isa: str = "") -> Path:
+        """latest.json, or that of an instruction set: this run, with the groups it left out from earlier ones."""
+        latest = folder / f"{named('latest', isa)}.json"
         if latest.exists():
             self.keep_others(Report.read(latest))
         self.rows.sort(key=lambda row: order.index(row.group))
@@ -172,10 +177,11 @@ class Report:
     def markdown(self) -> str:
         m = self.machine
         peak, bandwidth = f"{m['fma_peak'] / 1e9:.0f} GFLOP/s", f"{m['bandwidth'] / 1e9:.1f} GB/s"
+        reading = f"; {m['reading'] / 1e9:.1f} of reading" if "reading" in m else ""
         lines = [
             f"Measured {self.date[:10]} on {m['cpu']}, {m['cores']} cores, {m['threads']} threads,",
             f"{m['isa']} ({m['backend']} kernels): FMA peak {peak}, memory bandwidth {bandwidth} (of a copy,",
-            f"both ways counted). Python {m['python']}, {m['peers']}{unquiet(m)}.",
+            f"both ways counted{reading}). Python {m['python']}, {m['peers']}{unquiet(m)}.",
             f"{self.rounds} rounds; medians, with the lowest and the highest in brackets.",
         ]
         for title, promised in ("What was promised:", True), ("For information:", False):
@@ -193,17 +199,22 @@ class Report:
     def note(self, row: Row) -> str:
         return row.note if row.date == self.date else f"{row.note}; measured {row.date[:10]}"
 
-    def write_docs(self, path: Path) -> None:
+    def write_docs(self, path: Path, isa: str = "") -> None:
         """Replace what stands between the two markers."""
-        path.write_text(between(path.read_text(), self.markdown(), path.name))
+        path.write_text(between(path.read_text(), self.markdown(), path.name, isa))
 
 
-def between(text: str, new: str, name: str) -> str:
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{name}: wanted the markers {BEGIN} and {END}, in this order")
-    return f"{head}{BEGIN}\n{new}\n{END}{tail}"
+def between(text: str, new: str, name: str, isa: str = "") -> str:
+    begin, end = markers(isa)
+    head, begins, rest = text.partition(begin)
+    _, ends, tail = rest.partition(end)
+    if not begins or not ends:
+        raise ValueError(f"{name}: wanted the markers {begin} and {end}, in this order")
+    return f"{head}{begin}\n{new}\n{end}{tail}"
+
+
+def named(name: str, isa: str) -> str:
+    return f"{name}-{isa}" if isa else name
 
 
 def now() -> str:

@@ -36,3 +36,9 @@ def geometric_mean(values: Iterable[float]) -> float:
     if not values:
         raise ValueError("geometric_mean: no values")
     return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def mean_of(spreads: Iterable[Spread]) -> Spread:
+    """The geometric mean of ratios, between those of all at their worst round, and all at their best."""
+    each = list(spreads)
+    return Spread(*(geometric_mean(getattr(spread, end) for spread in each) for end in ("median", "low", "high")))

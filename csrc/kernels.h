@@ -3,7 +3,7 @@
 // the caller's, its size in floats is given here. Where that depends on the number of threads, so does the kernel: it
 // uses `threads` of them, the same number as the size was asked for.
 //
-// This file holds comments, a struct and prototypes, one type per parameter: csrc/build_kernels.py reads it to make the
+// This file holds comments, structs and prototypes, one type per parameter: csrc/build_kernels.py reads it to make the
 // table of function pointers per instruction set, and cffi reads it to make the Python module. Adding a kernel is one
 // prototype here, its code in a .c.inc, and a wrapper in native.py.
 //
@@ -106,14 +106,24 @@ void ent_cross_entropy_backward(float *restrict dlogits, const float *restrict d
 void ent_embedding_backward(float *restrict dw, const float *restrict dy, const int64_t *restrict ids,
                             int64_t N, int64_t C);
 
-// With g' = grad_scale * g:  m = beta1 * m + one_minus_beta1 * g',  v = beta2 * v + one_minus_beta2 * g'^2,
-// p = p - decay * p - step_size * m / (sqrt(v * v_correction) + eps);  p, m, v (n) in place, g (n) only read
-void ent_adamw_step(float *restrict p, float *restrict m, float *restrict v, const float *restrict g,
-                    float grad_scale, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
-                    float v_correction, float eps, float decay, float step_size, int64_t n);
+// A parameter of the optimizer: n numbers, their moments, their gradient, and decay = learning rate * weight decay.
+typedef struct {
+    float *p, *m, *v;
+    const float *g;
+    double decay;
+    int64_t n;
+} ent_adamw_parameter;
 
-// sum_i x[i]^2 in double;  x (n);  scratch ceil(n / 4096) doubles
-double ent_sum_of_squares(const float *restrict x, int64_t n, double *restrict scratch);
+// Of every parameter, with g' = grad_scale * g:
+// m = beta1 * m + one_minus_beta1 * g',  v = beta2 * v + one_minus_beta2 * g'^2,
+// p = p - decay * p - step_size * m / (sqrt(v * v_correction) + eps);  p, m, v in place, g only read; no two arrays
+// overlap
+void ent_adamw_steps(const ent_adamw_parameter *parameters, int64_t count, float grad_scale, float beta1,
+                     float one_minus_beta1, float beta2, float one_minus_beta2, float v_correction, float eps,
+                     float step_size);
+
+// sum_k sum_i x[k][i]^2 in double;  x (count) arrays of sizes (count);  scratch sum_k ceil(sizes[k] / 4096) doubles
+double ent_sum_of_squares(const float *const *x, const int64_t *sizes, int64_t count, double *restrict scratch);
 
 // ---- attention.c.inc, linear_cross_entropy.c.inc -----------------------------------------------------------------
 

@@ -16,11 +16,17 @@ extern int ent_num_threads;  // set from Python (kernels.set_num_threads); lives
 // Tasks of unequal length, taken as threads come free.
 #define PARALLEL_TASKS_ON(threads, condition) \
     ENT_PRAGMA(omp parallel for schedule(dynamic) num_threads((int)(threads)) if(condition))
+// Many loops for which threads are woken once, PARALLEL { for (..) SHARED_FOR for (..) .. }: none waits for the others
+// between the loops.
+#define PARALLEL(condition) ENT_PRAGMA(omp parallel num_threads(ent_num_threads) if(condition))
+#define SHARED_FOR ENT_PRAGMA(omp for schedule(static) nowait)
 static inline int ent_thread(void) { return omp_get_thread_num(); }
 #else
 #define PARALLEL_FOR(condition) (void)(condition);
 #define PARALLEL_FOR_ON(threads, condition) (void)(threads), (void)(condition);
 #define PARALLEL_TASKS_ON(threads, condition) (void)(threads), (void)(condition);
+#define PARALLEL(condition) (void)(condition);
+#define SHARED_FOR
 static inline int ent_thread(void) { return 0; }
 #endif
 

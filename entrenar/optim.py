@@ -17,7 +17,7 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 def global_norm(parameters: Iterable[Tensor]) -> float:
     """sqrt(sum of g^2 over all gradients): the length of the whole gradient as one vector."""
-    return math.sqrt(sum(kernels.sum_of_squares(p.grad) for p in parameters if p.grad is not None))
+    return math.sqrt(kernels.sum_of_squares(*(p.grad for p in parameters if p.grad is not None)))
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
@@ -86,7 +86,7 @@ class SGD:
 
 
 class AdamW:
-    """Adam with decoupled weight decay, in one fused pass over each parameter.
+    """Adam with decoupled weight decay, in one fused pass over all parameters.
 
         m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
         p = p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -116,13 +116,15 @@ class AdamW:
     def step(self, *, lr: float | None = None, grad_scale: float = 1.0) -> None:
         """One update. `lr` overrides the learning rate; gradients count `grad_scale` times (see `clip_scale`)."""
         self.steps += 1
-        for name, p in self.parameters.items():
-            if p.grad is not None:
-                kernels.adamw_step(
-                    p.data, p.grad, self.m[name], self.v[name],
-                    lr=self.lr if lr is None else lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
-                    weight_decay=self.weight_decay if p.ndim >= 2 else 0.0, step=self.steps, grad_scale=grad_scale,
-                )  # fmt: skip
+        kernels.adamw_steps(
+            [
+                (p.data, p.grad, self.m[name], self.v[name], self.weight_decay if p.ndim >= 2 else 0.0)
+                for name, p in self.parameters.items()
+                if p.grad is not None
+            ],
+            lr=self.lr if lr is None else lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+            step=self.steps, grad_scale=grad_scale,
+        )  # fmt: skip
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():

@@ -54,6 +54,14 @@ def isa(request, native):
     native.use_isa(before)
 
 
+@pytest.fixture
+def thread_count(native):
+    """Sets the number of threads; as it was afterwards."""
+    before = native.get_num_threads()
+    yield native.set_num_threads
+    native.set_num_threads(before)
+
+
 def pytest_collection_finish() -> None:
     """What was imported and collected stays: no collection of garbage needs to look at it again."""
     gc.collect()

@@ -16,21 +16,29 @@ sys.path.append(str(ROOT))  # behind everything: an installed entrenar stays the
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.arrays import agree, fingerprint, normal  # noqa: E402
-from benchmarks.driver import Bench, Times, WrongResult  # noqa: E402
+from benchmarks.driver import ISAS, Bench, Times, WrongResult, agreeing  # noqa: E402
 from benchmarks.groups import (  # noqa: E402
     GROUPS,
+    attention,
     bases,
+    checkpointing,
     decode,
     default_run,
     finetune,
     gemm,
+    generation,
+    growth,
+    llama_cpp,
     machine,
     ops,
+    optimizer,
     packed,
     startup,
     step,
+    threads,
+    training,
 )
-from benchmarks.protocol import Worker, WorkerError, peak_memory  # noqa: E402
+from benchmarks.protocol import Case, Server, Worker, WorkerError, peak_memory  # noqa: E402
 from benchmarks.report import Report, Row, Target  # noqa: E402
 from benchmarks.spread import Spread, geometric_mean, ratios  # noqa: E402
 
@@ -43,6 +51,9 @@ from benchmarks.protocol import Case, Server
 def sleeper(seconds, check):
     return lambda scale=1.0: Case(lambda: time.sleep(seconds * scale), [check, 1.0])
 
+def both(**args):
+    return Case([lambda: time.sleep(0.002), lambda: time.sleep(0.008)], [5.0, 1.0])
+
 def broken(**args):
     raise ValueError("no such matrix")
 
@@ -52,7 +63,8 @@ def dying(**args):
 
 class Group:
     CONTENDERS = dict(quick=sleeper(0.003, 5.0), slow=sleeper(0.006, 5.0), wrong=sleeper(0.003, 5.1),
-                      nan=sleeper(0.003, float("nan")), broken=broken, dying=dying)
+                      nan=sleeper(0.003, float("nan")), broken=broken, dying=dying,
+                      both=both, quick_and_slow=both)
     @staticmethod
     def twice(x):
         return 2 * x
@@ -61,7 +73,7 @@ Server(sys.argv[1], lambda group: Group).serve(sys.stdin, sys.stdout)
 """
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 2, "isa": "avx2", "backend": "native", "fma_peak": 1e11,
-           "bandwidth": 2e10, "python": "3.11", "peers": "numpy 2", "busy": 0.0}  # fmt: skip
+           "bandwidth": 2e10, "reading": 1e10, "python": "3.11", "peers": "numpy 2", "busy": 0.0}  # fmt: skip
 
 
 @pytest.fixture
@@ -143,10 +155,24 @@ def test_contenders_take_turns_and_the_slower_one_is_found(bench):
     assert times.speedup(of="quick", over="slow").median > 1.2
 
 
+def test_several_runs_of_a_case_are_timed_each_by_itself(bench):
+    one, two = bench.races("group", ["both", "quick_and_slow"], seconds=0.001, rounds=2)
+    for times in (one, two):
+        assert [len(seconds) for seconds in times.seconds.values()] == [2, 2]
+    assert one.of("both").median < two.of("both").median
+    with pytest.raises(ValueError, match="too many"):
+        bench.race("group", ["both"], seconds=0.001)
+
+
 @pytest.mark.parametrize("contender", ["wrong", "nan"])
 def test_a_contender_that_computes_something_else_is_refused_before_timing(bench, contender):
     with pytest.raises(WrongResult, match=f"quick computed .*, {contender} "):
         bench.race("group", ["quick", contender])
+
+
+def test_a_contender_with_nothing_to_check_takes_part_and_one_with_something_wrong_does_not():
+    assert agreeing([1.0, 2.0], []) and agreeing([1.0, 2.0], [1.0, 2.0])
+    assert not agreeing([1.0, 2.0], [1.0, 2.1]) and not agreeing([], [1.0, 2.0])
 
 
 def test_each_contender_may_be_compared_in_its_own_way(bench):
@@ -183,7 +209,9 @@ def test_a_contender_that_dies_leaves_its_last_words_and_is_started_again(bench)
 def test_a_peer_that_is_not_installed_is_left_out(tmp_path):
     bench = Bench(peers_python=str(tmp_path / "python"))
     assert bench.present(("entrenar", "numpy", "torch")) == ["entrenar", "numpy"]
-    assert bench.present(("entrenar-nf4", "torch-bfloat16")) == ["entrenar-nf4"]
+    assert bench.present(("entrenar-nf4", "torch-bfloat16", "llama-bf16")) == ["entrenar-nf4"]
+    assert bench.llama_missing == bench.missing("torch-compile") == bench.torch_missing
+    assert bench.python("llama-bf16") == bench.peers_python
     assert bench.python("torch-bfloat16") == bench.peers_python and bench.python("entrenar-nf4") == sys.executable
     assert "peer not installed" in bench.torch_missing
 
@@ -238,7 +266,7 @@ def test_groups_are_chosen_by_name_and_slow_ones_only_when_asked_for():
     def names(*arguments):
         return command.chosen(command.parser().parse_args(arguments))
 
-    assert names() == ["gemm", "step", "ops", "startup", "engine", "packed", "finetune", "decode"]
+    assert names() == [name for name in GROUPS if name not in ("install", "default_run")]
     assert names("--only", "step,gemm") == ["gemm", "step"]
     assert names("--full", "--default-run") == list(GROUPS)
     assert names("--only", "default-run") == ["default_run"]
@@ -271,7 +299,8 @@ def test_rows_survive_json_and_a_partial_run_keeps_the_other_groups(tmp_path):
 
 def test_a_trial_is_not_written_down_and_an_unusual_run_only_into_the_history(tmp_path, monkeypatch):
     docs = tmp_path / "benchmarks.md"
-    docs.write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    marked = [f"{begin}\nold{isa}\n{end}\n" for isa in ("", "avx2") for begin, end in [report.markers(isa)]]
+    docs.write_text("".join(marked))
     monkeypatch.delenv("ENTRENAR_ISA", raising=False)
 
     def written(*arguments):
@@ -284,10 +313,14 @@ def test_a_trial_is_not_written_down_and_an_unusual_run_only_into_the_history(tm
 
     assert written("--rounds", "1") == []
     assert written("--threads", "7") == ["2026-11-20T100000.json"]
-    assert written("--isa", "avx2") == ["2026-11-20T100000.json"]
-    assert "old" in docs.read_text()
+    assert docs.read_text() == "".join(marked)
+    names = ["2026-11-20T100000-avx2.json", "latest-avx2.json", "benchmarks.md"]
+    assert written("--isa", "avx2") == names
+    assert "old\n" in docs.read_text() and "oldavx2" not in docs.read_text()
     assert written() == ["2026-11-20T100000.json", "latest.json", "benchmarks.md"]
-    assert "a product" in docs.read_text()
+    assert docs.read_text().count("a product") == 2 and "old" not in docs.read_text()
+    monkeypatch.setenv("ENTRENAR_ISA", "avx2")
+    assert written() == ["2026-11-20T100000.json"], "entrenar alone held back is no comparison"
     assert json.loads((tmp_path / "latest.json").read_text())["rows"][0]["measured"]["median"] == 0.95
 
 
@@ -316,15 +349,19 @@ def test_large_inputs_repeat_no_row():
 
 
 def test_only_the_text_between_the_markers_is_replaced():
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.between(text, "new", "x.md") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    (begin, end), (begin2, end2) = report.markers(), report.markers("avx2")
+    other = f"{begin2}\nheld\n{end2}\n"
+    text = f"before\n{begin}\nold\n{end}\nafter\n{other}"
+    assert report.between(text, "new", "x.md") == f"before\n{begin}\nnew\n{end}\nafter\n{other}"
+    assert report.between(text, "new", "x.md", "avx2") == text.replace("held", "new")
     with pytest.raises(ValueError, match="x.md: wanted the markers"):
         report.between("no markers", "new", "x.md")
 
 
 def test_the_documentation_has_the_markers():
     text = (ROOT / "docs" / "benchmarks.md").read_text()
-    report.between(text, "", "docs/benchmarks.md")
+    for isa in ISAS:
+        report.between(text, "", "docs/benchmarks.md", isa)
 
 
 @pytest.mark.parametrize("value, unit, text", [
@@ -339,21 +376,147 @@ def test_numbers_have_three_digits_and_a_unit(value, unit, text):
 
 
 def test_gemm_covers_three_models_and_all_forms():
-    products = list(gemm.products())
-    assert {p.model for p in products} == {"15m", "124m", "1b"} and {p.form for p in products} == set(
-        gemm.FORMS
-    )
+    products = [p for suite in gemm.suites(gemm.TOKENS) for p in suite]
+    assert {p.model for p in products} == {"15m", "124m", "1b"} and {p.form for p in products} == set(gemm.FORMS)
     assert min(p.tokens for p in products) == 64 and max(p.tokens for p in products) == 4096
+    assert {p.layer for p in products if p.model == "1b" and p.tokens == 4096} == {"q_proj"}
+    assert len(set(products)) == len(products)
     for form in gemm.FORMS:
         a, b = gemm.operands(form, 5, 3, 4)
         assert {a.shape[0], a.shape[1], b.shape[1]} == {3, 4, 5} and a.shape[1] == b.shape[0]
 
 
-@pytest.mark.parametrize("name", [*ops.OPERATIONS, ops.OPTIMIZER])
-def test_every_operation_has_both_sides_and_an_amount(name):
-    if name != ops.OPTIMIZER:
-        operation = ops.OPERATIONS[name]
+def product(tokens=64, sides=512):
+    return gemm.Product("124m", "q_proj", "x W^T", tokens, sides, sides)
+
+
+def test_a_shape_under_the_floor_is_measured_again_and_that_counts(monkeypatch, bench):
+    bench.machine = dict(MACHINE)
+    results = {product(64): Times({"entrenar": [1.0], "numpy": [0.5]}),
+               product(65): Times({"entrenar": [1.0], "numpy": [1.2]})}  # fmt: skip
+    asked = []
+
+    def again(ratio):
+        def measured(bench, suites, rounds):
+            asked.extend(suites)
+            assert rounds == gemm.AGAIN * bench.rounds
+            return {product(64): Times({"entrenar": [1.0], "numpy": [ratio]})}
+
+        return measured
+
+    monkeypatch.setattr(gemm, "measured", again(1.1))
+    noisy = gemm.slowest(bench, "slowest", results)
+    assert noisy.met and noisy.measured.median == 1.1 and asked == [[product(64)]]
+    assert noisy.note.endswith("1 under 0.93x were measured again, 9 rounds each: 0 still are")
+    monkeypatch.setattr(gemm, "measured", again(0.8))
+    slow = gemm.slowest(bench, "slowest", results)
+    assert not slow.met and slow.measured.median == 0.8 and slow.note.endswith("1 still are")
+
+
+def test_near_the_peak_are_only_products_large_in_every_direction(bench):
+    bench.machine = dict(MACHINE)
+    second = {"entrenar": [1e-2], "numpy": [1.0]}
+    results = {product(64): Times(second), product(512): Times(second), product(1024): Times(second)}
+    median, lowest = gemm.near_the_peak(bench, results)
+    assert lowest.measured.median == pytest.approx(100 * 2 * 512**3 / 1e-2 / MACHINE["fma_peak"])
+    assert median.measured.median == pytest.approx(1.5 * lowest.measured.median) and not lowest.met
+
+
+def test_every_case_of_gemm_agrees_with_numpy():
+    products = [vars(p) for form in gemm.FORMS for p in [gemm.Product("15m", "q_proj", form, 7, 12, 20)]]
+    ours, theirs = gemm.with_entrenar(products), gemm.with_numpy(products)
+    assert step_like(ours.check, theirs.check) and len(ours.runs) == 3
+    assert [run().shape for run in theirs.runs] == [(7, 20), (7, 12), (20, 12)]
+
+
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+def test_every_operation_has_an_amount(name):
+    for from_memory in (False, True):
+        operation = ops.chosen(name, from_memory)
         assert bool(operation.floats) != bool(operation.flops)
+    assert operation.rate(2.0) == (operation.flops or 4 * operation.floats) / 2.0
+
+
+def test_arrays_from_memory_are_larger_than_those_of_a_model():
+    def size(operation):
+        return sum(math.prod(shape) for shape in operation.shapes)
+
+    for name, measured in ops.OPERATIONS.items():
+        if measured.from_memory:
+            assert size(ops.chosen(name, True)) * 4 > 32 << 20 and size(measured.from_memory) > size(measured.usual)
+
+
+def test_attention_has_fewer_heads_where_it_would_take_minutes_and_the_same_groups():
+    assert attention.shape(256, 12, 12, 64) == attention.Shape(4, 256, 12, 12, 64)
+    long = attention.shape(4096, 32, 4, 64)
+    assert long == attention.Shape(1, 4096, 8, 1, 64) and attention.shape(2048, 32, 4, 64).H == 32
+    assert attention.Shape(2, 3, 4, 4, 5).flops == 7 * 2 * 4 * 9 * 5
+
+
+def test_memory_of_attention_grows_with_the_arrays_it_is_given():
+    sizes = attention.Shape(1, 32, 4, 2, 16)
+    case = attention.with_entrenar(**vars(sizes))
+    assert len(case.check) == 2 * 4  # y, dq, dk, dv
+    grown = attention.growth_of_memory(512)
+    assert grown < 1 << 28 and isinstance(grown, int)
+
+
+def test_the_optimizer_is_measured_on_all_parameters_of_a_model():
+    from entrenar.llama import LlamaConfig
+
+    for model in optimizer.TARGETS:
+        assert optimizer.count(model) == LlamaConfig(**step.MODELS[model]).parameter_count()
+    assert optimizer.bytes_moved("15m") == 4 * 8 * optimizer.count("15m")
+
+
+def test_a_share_of_the_bandwidth_is_taken_round_by_round():
+    times = Times({"entrenar": [1.0, 2.0, 1.0], "copy": [1.0, 1.0, 4.0]})
+    assert machine.shares(times, machine.COPIED / 2) == Spread(50.0, 25.0, 200.0)
+
+
+def test_an_optimizer_step_moves_the_parameters_and_drops_the_gradients(monkeypatch):
+    monkeypatch.setattr(optimizer, "parameter_shapes", lambda model: [(8, 4), (4,)])
+    case = optimizer.with_entrenar("15m")
+    before = optimizer.fingerprint(*(p for p, _ in optimizer.parameters_and_gradients("15m")))
+    assert not step_like(case.check, before)
+    case.run()
+
+
+def test_a_curve_is_as_flat_as_its_lowest_point_is_near_its_highest():
+    row = growth.flatness("a step", "share of FMA peak", {"64 tokens": 60.0, "512": 80.0, "4096": 72.0}, None)
+    assert row.measured.median == 0.75 and row.note.startswith("64 tokens 60, 512 80, 4096 72")
+    assert row.details["table"][2] == ["512", "80", "#" * 40] and row.details["curve"]["4096"] == 72.0
+    # Where only what falls counts, a start that is slow is no fault.
+    assert growth.flatness("data", "MB/s", {"1": 2.0, "4": 3.0}, None, falls=True).measured.median == 1.0
+    assert growth.flatness("data", "MB/s", {"1": 4.0, "4": 5.0, "16": 3.0}, None, falls=True).measured.median == 0.75
+
+
+def test_sizes_grow_from_two_million_parameters_to_more_than_a_billion():
+    from entrenar.llama import LlamaConfig
+
+    counts = [LlamaConfig(**shape).parameter_count() for shape in growth.SIZES.values()]
+    whole = growth.SIZES["1.1b, 4 of its 22 layers"] | {"num_hidden_layers": 22}
+    assert 1.5e6 < counts[0] < 2.5e6 and 3.2e8 < counts[3] < 3.7e8
+    assert LlamaConfig(**whole).parameter_count() == 1_100_048_384
+
+
+def test_curves_are_measured_from_the_small_end_on(monkeypatch):
+    tiny = growth.SIZES["2m"] | {"vocab_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setitem(step.MODELS, "15m", tiny)
+    monkeypatch.setitem(growth.TOKENS, "15m", (16, 512))
+    monkeypatch.setattr(growth, "SIZES", {"tiny": tiny})
+    monkeypatch.setattr(growth, "SECONDS", 0.0)
+    small, large = growth.by_tokens("15m")
+    assert (small["tokens"], large["tokens"]) == (16, 512) and small["forward and backward"] < small["step"]
+    assert large["flops"] > 32 * small["flops"]
+    (point,) = growth.by_size()
+    assert point["model"] == "tiny" and point["seconds"] > 0
+
+
+def test_a_busy_neighbour_is_gone_afterwards():
+    with threads.busy_neighbour() as process:
+        assert process.poll() is None
+    assert process.poll() is not None
 
 
 def test_the_first_loss_is_found_in_the_plain_report_and_nowhere_else():
@@ -420,14 +583,32 @@ def test_losses_that_differ_are_refused_whatever_the_peer_computes_in():
     assert not finetune.AGREE[finetune.PEFT_BFLOAT16]([10.0, 9.0], [10.0, 9.1])
 
 
-def test_the_faster_peer_counts_and_the_slower_is_told(bench):
-    seconds = {finetune.QLORA: [1.0], finetune.PEFT_FLOAT32: [4.0], finetune.PEFT_BFLOAT16: [2.0]}
+def measured_steps(bench, seconds):
+    """Of the 124m model, 1,024 tokens a step; memory in whole MB, in the order of the contenders."""
     peaks = {name: (i + 1) << 20 for i, name in enumerate(seconds)}
-    how = (bench, "a step", 100, Times(seconds), peaks, Target(">=", 1.5), Target("<=", 0.3))
-    speed, memory = finetune.against_peft(*how)
+    return finetune.Measured(bench, finetune.SHAPES[0], Times(seconds), peaks, flops=0)
+
+
+def test_the_faster_peer_counts_and_the_slower_is_told(bench):
+    seconds = {finetune.QLORA: [1.024], finetune.PEFT_FLOAT32: [4.096], finetune.PEFT_BFLOAT16: [2.048]}
+    peers = (finetune.PEFT_FLOAT32, finetune.PEFT_BFLOAT16)
+    how = ("QLoRA", finetune.QLORA, peers, Target(">=", 1.5), Target("<=", 0.3))
+    speed, memory = finetune.against_peft(measured_steps(bench, seconds), *how)
     assert speed.measured.median == 2.0 and speed.met
-    assert speed.note == "100 tokens/s to 50 of PEFT, computing in bfloat16, 25 of PEFT, computing in float32"
+    assert speed.note == "1000 tokens/s to 500 of PEFT, computing in bfloat16, 250 of PEFT, computing in float32"
     assert memory.measured.median == pytest.approx(1 / 3) and not memory.met
+
+
+def test_a_method_without_its_peer_gives_its_own_speed(tmp_path):
+    alone = Bench(peers_python=str(tmp_path / "python"))
+    measured = measured_steps(alone, {finetune.LORA: [1.024]})
+    (row,) = finetune.against_peft(measured, "LoRA", finetune.LORA, (finetune.PEFT,), Target(">=", 1.5), None)
+    assert row.measured.median == 1000 and row.target is None and "peer not installed" in row.note
+
+
+def test_frozen_weights_cost_a_forward_pass_less(bench):
+    wanted = 2 / 3 * step.flops_per_token("124m", 0)
+    assert finetune.flops_per_token("124m", 0) == pytest.approx(wanted)
 
 
 def test_decoding_agrees_between_formats_and_goes_on_beyond_its_longest_text(folders, monkeypatch):
@@ -445,3 +626,114 @@ def test_models_of_the_benchmarks_are_the_shapes_they_are_named_after():
 
     counts = {name: LlamaConfig(**model).parameter_count() for name, model in bases.MODELS.items()}
     assert counts["124m"] == 137_841_408 and counts["1.1b"] == 1_100_048_384
+
+
+# -- whole steps, checkpointing, generation
+
+
+def test_a_step_that_has_run_warm_is_not_run_again_before_it_is_timed():
+    losses = iter([3.0, 2.0, 1.0, 0.5])
+
+    class Group:
+        CONTENDERS = {"entrenar": lambda: training.case(lambda: next(losses), first=3)}
+
+    server = Server("entrenar", lambda group: Group)
+    assert server.answer({"do": "prepare", "group": "step", "args": {}}) == {"check": [3.0, 2.0, 1.0]}
+    assert 0 <= server.last[0] < 1 and next(losses) == 0.5
+    Group.CONTENDERS["entrenar"] = lambda: Case(lambda: next(losses), [], None)
+    with pytest.raises(StopIteration):
+        server.answer({"do": "prepare", "group": "step", "args": {}})
+
+
+def test_checkpointing_changes_no_loss(tmp_path, monkeypatch):
+    monkeypatch.setitem(step.MODELS, "tiny", bases.MODELS["tiny"])
+    weights = str(tmp_path / "weights.safetensors")
+    step.write_own_weights("tiny", weights)
+    case = {"model": "tiny", "batch": 1, "context": 32, "weights": weights, "first": 2}
+    plain, ours = (checkpointing.CONTENDERS[name](**case).check for name in (checkpointing.PLAIN, checkpointing.OURS))
+    assert step.same_losses(plain, ours)
+    assert checkpointing.parameter_bytes("tiny") == 4 * parameters_of("tiny")
+
+
+def parameters_of(model):
+    from entrenar.llama import LlamaConfig
+
+    return LlamaConfig(**bases.MODELS[model]).parameter_count()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bfloat16")
+    bases.write("tiny", str(folder / "base"), str(folder / "adapter"), "bfloat16")
+    return str(folder / "base")
+
+
+def test_a_text_begins_alike_in_bfloat16_and_in_4_bits(base):
+    case = {"model": "tiny", "tokens": 1, "base": base, "files": {}}
+    bfloat16, nf4 = (generation.CONTENDERS[name](**case).check for name in (generation.BFLOAT16, generation.NF4))
+    agree_in_4_bits = generation.AGREE[generation.NF4]
+    assert agree_in_4_bits(bfloat16, nf4) and not agree_in_4_bits(bfloat16, [1.1 * x for x in nf4])
+    assert not generation.AGREE[generation.LLAMA_BF16](bfloat16, nf4)  # which is told apart from 16 bits
+
+
+def test_a_token_reads_every_weight_once_but_of_an_embedding_a_row(base, monkeypatch):
+    from entrenar.llama import Llama, LlamaConfig
+    from entrenar.nn import unfilled
+
+    assert generation.bytes_a_token(generation.BFLOAT16, base) == pytest.approx(2 * parameters_of("tiny"), rel=0.01)
+    untied = LlamaConfig(**bases.MODELS["tiny"] | {"tie_word_embeddings": False})
+    with unfilled():
+        llama = Llama(untied)
+    monkeypatch.setattr(generation, "our_model", lambda contender, base: llama)
+    embedding = untied.vocab_size * untied.hidden_size
+    assert generation.bytes_a_token(generation.BFLOAT16, "") == 4 * (untied.parameter_count() - embedding)
+
+
+def generated(bench):
+    """A model of 1 GB that is read at 20 GB/s, and what its contenders took."""
+    seconds = {generation.BFLOAT16: [0.0625], generation.NF4: [0.05], generation.TORCH_FLOAT32: [0.5],
+               generation.TORCH_BFLOAT16: [0.25], generation.LLAMA_BF16: [0.125], generation.LLAMA_F16: [0.1],
+               generation.LLAMA_Q4_0: [0.05]}  # fmt: skip
+    peaks = dict.fromkeys(seconds, 10**9)
+    bench.machine["fma_peak"] = 1e12
+    weights = {generation.BFLOAT16: 10**9, generation.NF4: 3 * 10**8}
+    return generation.Measured(bench, "1.1b", Times(seconds), Times(dict(seconds)), peaks, weights, 20e9, flops=10**9)
+
+
+def test_rows_of_generation_take_the_best_of_the_peers(bench):
+    bench.torch_missing = bench.llama_missing = None
+    measured = generated(bench)
+    prompt, decoding = generation.against_transformers(measured)
+    assert prompt.measured.median == decoding.measured.median == 4.0 and prompt.met and decoding.met
+    assert decoding.share == "80% of reading 20.0 GB/s" and "4 of transformers in bfloat16" in decoding.note
+    bandwidth = generation.row_of_bandwidth(measured)
+    assert bandwidth.measured.median == pytest.approx(0.8) and bandwidth.met
+    bf16, four_bits, reading, memory = generation.against_llama_cpp(measured)
+    assert [row.measured.median for row in (bf16, four_bits, reading)] == [2.0, 1.0, 1.0]
+    assert memory.measured.median == 1.0
+
+
+def test_without_llama_cpp_its_rows_say_so(bench):
+    bench.torch_missing, bench.llama_missing = None, "peer not installed (llama-cpp-python)"
+    measured = generated(bench)
+    for name in generation.LLAMA:
+        del measured.writing.seconds[name], measured.reading.seconds[name]
+    rows = list(generation.against_llama_cpp(measured))
+    assert all(row.measured is None and "peer not installed" in row.note for row in rows[:3])
+
+
+def test_llama_cpp_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ImportError, match=r"llama\.cpp.avx2; make bench builds it"):
+        llama_cpp.library()
+    (tmp_path / "llama.cpp" / "native").mkdir(parents=True)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    assert llama_cpp.build() == "native"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert llama_cpp.build() == "avx2"
+
+
+def test_reading_is_measured():
+    assert machine.reading(megabytes=4) > 1e8

@@ -28,6 +28,7 @@ from kernel_cases import (
     normal,
     run,
     split,
+    targets,
 )
 
 from entrenar import kernels
@@ -66,8 +67,10 @@ def test_every_kernel_of_the_header_and_of_the_package_is_in_the_table():
     in_c |= {name for name in re.findall(r"^double ent_(\w+)\(", header, re.MULTILINE)}
     elsewhere = {"fma_peak", "unpack", "unpack_rows"}  # the last two: test_packed_kernels.py
     elsewhere |= {"quantize_4bit", "quantize_q8_0", "round_bfloat16"}  # bit for bit: test_quantize_kernels.py
+    in_c = in_c - {"adamw_steps"} | {"adamw_step"}  # in C, one parameter is a list of one
     assert in_c - set(BY_NAME) == elsewhere, "a kernel without a case"
-    assert set(kernels.KERNELS) - set(BY_NAME) == elsewhere, "a kernel without a case"
+    # adamw_steps: test_many_parameters_step_as_one_after_the_other
+    assert set(kernels.KERNELS) - set(BY_NAME) == elsewhere | {"adamw_steps"}, "a kernel without a case"
     assert set(BY_NAME) <= set(kernels.KERNELS), "a case without a kernel"
 
 
@@ -225,6 +228,87 @@ def test_in_place_kernels_change_views_or_refuse_them(layout, only, native):
         problem = mismatch(arrays[name].astype(F32), want, bound)
         assert not problem, f"{name}: {problem}"
     assert arrays["g"].tobytes() == before["g"], "the gradient is read only"
+
+
+def large(rng: np.random.Generator, rows: int, columns: int, offset: int) -> np.ndarray:
+    """(rows, columns) that begin `offset` floats into an allocation, of numbers that repeat."""
+    memory = np.resize(normal(rng, 10_007), rows * columns + offset)
+    return memory[offset:].reshape(rows, columns)
+
+
+@pytest.mark.parametrize("columns", [2048, 2051])
+def test_results_that_go_past_the_caches_are_those_of_their_parts(columns, isa, native):
+    """From 2^22 numbers on (csrc/rows.c.inc), stores are others; rows of 2051 begin anywhere in a vector."""
+    rng, rows = np.random.default_rng(2), (1 << 22) // columns + 3
+    gate, up, dy = (large(rng, rows, columns, offset) for offset in (0, 1, 3))
+    parts = [slice(0, 700), slice(700, rows)]
+    whole = [native.swiglu_forward(gate, up), *native.swiglu_backward(dy, gate, up)]
+    pieces = [[native.swiglu_forward(gate[i], up[i]), *native.swiglu_backward(dy[i], gate[i], up[i])] for i in parts]
+    for got, *want in zip(whole, *pieces, strict=True):
+        assert np.array_equal(got, np.concatenate(want))
+
+    classes, weights = targets(rng, rows, columns), normal(rng, rows)
+    _, lse = native.cross_entropy_forward(gate, classes, ignore_index=IGNORE)
+    got, *want = (
+        native.cross_entropy_backward(weights[i], gate[i], classes[i], lse[i], ignore_index=IGNORE)
+        for i in (slice(0, rows), *parts)
+    )
+    assert np.array_equal(got, np.concatenate(want))
+
+
+SHAPES = ((700, 64), (3,), (1,), (0, 4), (129, 33), (4097,), (64, 65))
+RATES = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 3, "grad_scale": 0.7}
+
+
+def some_parameters() -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]]:
+    """(p, g, m, v, weight decay) of many shapes, one of float64, one with a strided gradient."""
+    rng = np.random.default_rng(4)
+    parameters = [
+        (*(rng.standard_normal(shape, F32) for _ in range(3)), rng.random(shape, F32), 0.1 * i)
+        for i, shape in enumerate(SHAPES)
+    ]
+    p, g, m, v, decay = parameters[4]
+    parameters.append((*(x.astype(np.float64) for x in (p, g, m, v)), decay))
+    parameters.append((p.copy(), rng.standard_normal((129, 66), F32)[:, ::2], m.copy(), v.copy(), decay))
+    return parameters
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_many_parameters_step_as_one_after_the_other(isa, threads, native, thread_count):
+    native.set_num_threads(threads)
+    together, alone = some_parameters(), some_parameters()
+    native.adamw_steps(together, **RATES)
+    for p, g, m, v, weight_decay in alone:
+        native.adamw_step(p, g, m, v, weight_decay=weight_decay, **RATES)
+    for one, other in zip(together, alone, strict=True):
+        assert [x.tobytes() for x in one[:4]] == [x.tobytes() for x in other[:4]]
+
+
+def test_no_parameters_step_nowhere(native):
+    for backend in (native, reference):
+        backend.adamw_steps([], **RATES)
+        assert backend.sum_of_squares() == 0
+
+
+@pytest.mark.parametrize("which", ["native", "reference"])
+def test_one_wrong_parameter_keeps_all_from_stepping(which, native):
+    kernels, parameters = {"native": native, "reference": reference}[which], some_parameters()
+    parameters[-1][0].flags.writeable = False
+    before = [x.tobytes() for *arrays, _ in parameters for x in arrays]
+    with pytest.raises(ValueError, match="adamw_step: p is read-only"):
+        kernels.adamw_steps(parameters, **RATES)
+    assert [x.tobytes() for *arrays, _ in parameters for x in arrays] == before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_the_squares_of_many_arrays_are_added_array_by_array(isa, threads, native, thread_count):
+    native.set_num_threads(threads)
+    gradients = [g for _, g, *_ in some_parameters() if g.dtype == F32]
+    one_by_one = [native.sum_of_squares(g) for g in gradients]
+    assert native.sum_of_squares(*gradients) == sum(one_by_one)
+    exact = sum(float(np.square(g.astype(np.float64)).sum()) for g in gradients)
+    assert native.sum_of_squares(*gradients) == pytest.approx(exact, rel=1e-12)
+    assert reference.sum_of_squares(*gradients) == pytest.approx(exact, rel=1e-12)
 
 
 @every_kernel

@@ -21,14 +21,6 @@ from entrenar.kernels import threads
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def thread_count(native):
-    """Sets the number of threads; as it was afterwards."""
-    before = native.get_num_threads()
-    yield native.set_num_threads
-    native.set_num_threads(before)
-
-
 # Same bits
 
 

@@ -42,28 +42,30 @@ NAMES = {
 
 
 def with_entrenar(kind: str, model: str, base: str, adapter: str, tokens: int) -> Case:
-    """tokens = 1: the next token of a text; more: a prompt of so many."""
-    from entrenar.llama import Llama, generate
-    from entrenar.llama.model import KVCache
-    from entrenar.tensor import no_grad
+    from entrenar.llama import Llama
 
     llama = Llama.from_pretrained(base)
     if kind == BFLOAT16:
         to_bfloat16(llama)
-    prompt = first_tokens(model, max(tokens, PROMPT))
-    with no_grad():
-        last = llama(prompt[None]).data[0, -1]
+    return writing(llama, first_tokens(model, max(tokens, PROMPT)), tokens)
 
-    def read() -> None:
+
+def writing(llama: Any, prompt: np.ndarray, tokens: int) -> Case:
+    """tokens = 1: the next token of a text; more: a prompt of so many."""
+    from entrenar.llama import generate
+    from entrenar.llama.model import KVCache
+    from entrenar.tensor import no_grad
+
+    def read() -> np.ndarray:
         with no_grad():
             cache = KVCache(llama.config, capacity=len(prompt))
-            llama.logits(llama.hidden(prompt[None], cache)[:, -1:])
+            return llama.logits(llama.hidden(prompt[None], cache)[:, -1:]).data[0, -1]
 
     def texts() -> Iterator[int]:
         while True:
             yield from generate(llama, prompt, max_new_tokens=LONGEST, temperature=0)
 
-    text = texts()
+    last, text = read(), texts()
     next(text)  # reads the prompt
     return Case(read if tokens > 1 else partial(next, text), fingerprint(last))
 
@@ -78,12 +80,16 @@ def to_bfloat16(llama: Any) -> None:
 
 
 def with_torch(compute: str, portable: bool, model: str, base: str, adapter: str, tokens: int) -> Case:
+    llama = bases.torch_model(base, compute, compute, portable=portable).eval()
+    return torch_writing(llama, first_tokens(model, max(tokens, PROMPT)), tokens)
+
+
+def torch_writing(llama: Any, first: np.ndarray, tokens: int) -> Case:
     """What `generate` does for each token, without what it does around: the model, its cache, the best token."""
     import torch
     from transformers import DynamicCache
 
-    llama = bases.torch_model(base, compute, compute, portable=portable).eval()
-    prompt = torch.from_numpy(first_tokens(model, max(tokens, PROMPT)))[None]
+    prompt = torch.from_numpy(first)[None]
     cache, ids = DynamicCache(), prompt
 
     def read() -> torch.Tensor:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.driver import Times
+from benchmarks.protocol import Case
 from benchmarks.report import unquiet
+from benchmarks.spread import Spread
+
+COPIED = 512 << 20  # bytes, half of them read and half written
 
 # -- asked of a contender's process
 
@@ -29,18 +37,39 @@ def kernel_facts() -> dict[str, Any]:
     }
 
 
-def bandwidth(threads: int, megabytes: int = 256) -> float:
-    """Bytes per second, read and written, of a copy too large for any cache; the best of a few."""
-    source = np.ones(megabytes << 18, np.float32)
-    parts = list(
-        zip(np.array_split(source, threads), np.array_split(np.empty_like(source), threads), strict=True)
-    )
+def copying(**_: Any) -> Case:
+    """A copy too large for any cache, on all threads: a contender that others take turns with, to tell what share of
+    the bandwidth was theirs. Neighbours on the same processor change that within minutes.
+    """
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    source = np.ones(COPIED // 8, np.float32)
+    parts = list(zip(np.array_split(source, threads), np.array_split(np.empty_like(source), threads), strict=True))
+    pool = ThreadPoolExecutor(threads)  # NumPy copies without the lock
+    return Case(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
+
+
+def bandwidth() -> float:
+    """Bytes per second, read and written, of that copy; the best of a few."""
+    (copy,) = copying().runs
     best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            started = time.perf_counter()
-            list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))  # NumPy copies without the lock
-            best = max(best, 2 * source.nbytes / (time.perf_counter() - started))
+    for _ in range(5):
+        started = time.perf_counter()
+        copy()
+        best = max(best, COPIED / (time.perf_counter() - started))
+    return best
+
+
+def reading(megabytes: int = 512) -> float:
+    """Bytes per second that all threads read, of an array too large for any cache: by kernels.sum_of_squares, which
+    goes through it once; the best of a few."""
+    from entrenar import kernels
+
+    source = np.ones(megabytes << 18, np.float32)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        kernels.sum_of_squares(source)
+        best = max(best, source.nbytes / (time.perf_counter() - started))
     return best
 
 
@@ -58,7 +87,7 @@ def torch_version() -> dict[str, str]:
 # -- the driver's side
 
 
-def facts(bench) -> dict[str, Any]:
+def facts(bench: Any) -> dict[str, Any]:
     """Everything a number needs beside it to mean something."""
     versions = {"numpy": bench.worker("numpy").call("machine", "numpy_version")}
     if bench.torch_missing is None:
@@ -68,20 +97,42 @@ def facts(bench) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "peers": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        **moving(bench),
+    }
+
+
+def shares(times: Times, moved: float) -> Spread:
+    """Of the bandwidth, in percent, taken by a contender that moves so many bytes and took turns with "copy"."""
+    both = zip(times.seconds["entrenar"], times.seconds["copy"], strict=True)
+    return Spread.of(100 * (moved / ours) / (COPIED / copy) for ours, copy in both)
+
+
+def moving(bench: Any) -> dict[str, Any]:
+    """What changes with the threads, and with the neighbours."""
+    return {
         "busy": busy(),
-        "bandwidth": bench.worker("numpy").call("machine", "bandwidth", threads=bench.threads),
+        "bandwidth": bench.worker("numpy").call("machine", "bandwidth"),
+        "reading": bench.worker("entrenar").call("machine", "reading"),
         **bench.worker("entrenar").call("machine", "kernel_facts"),
     }
 
 
-def look_again(bench) -> None:
+def look_again(bench: Any) -> None:
     """The peaks once more: a neighbour on the same processor may have taken some of them the last time."""
-    now = {
-        "busy": busy(),
-        "fma_peak": bench.worker("entrenar").call("machine", "kernel_facts")["fma_peak"],
-        "bandwidth": bench.worker("numpy").call("machine", "bandwidth", threads=bench.threads),
-    }
-    bench.machine |= {name: max(value, bench.machine[name]) for name, value in now.items()}
+    now = moving(bench)
+    for name in ("busy", "bandwidth", "reading", "fma_peak"):
+        bench.machine[name] = max(now[name], bench.machine[name])
+
+
+@contextmanager
+def on_threads(bench: Any, threads: int) -> Iterator[Any]:
+    """The same bench on another number of threads: contenders of their own, and what the machine does on as many."""
+    other = dataclasses.replace(bench, threads=threads, workers={})
+    try:
+        other.machine = bench.machine | moving(other)
+        yield other
+    finally:
+        other.close()
 
 
 def busy(seconds: float = 0.5) -> float:
@@ -112,6 +163,7 @@ def line(facts: dict[str, Any]) -> str:
     return (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, "
         f"{facts['isa']} ({facts['backend']} kernels); "
-        f"FMA peak {facts['fma_peak'] / 1e9:.0f} GFLOP/s, bandwidth {facts['bandwidth'] / 1e9:.1f} GB/s; "
+        f"FMA peak {facts['fma_peak'] / 1e9:.0f} GFLOP/s, bandwidth {facts['bandwidth'] / 1e9:.1f} GB/s, "
+        f"of reading {facts['reading'] / 1e9:.1f}; "
         f"Python {facts['python']}, {facts['peers']}{unquiet(facts)}"
     )

@@ -1,18 +1,21 @@
-"""A whole training step of a LLaMA - forward, backward, clip, AdamW - by entrenar, and by transformers.
+"""A whole training step of a LLaMA - forward, backward, clip, AdamW - by entrenar, and by transformers, as it comes
+and compiled by torch.compile (which happens before anything is timed).
 
 Same weights, same tokens, same optimizer. Losses of the first steps must agree, or nothing is timed.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.driver import Bench
+from benchmarks.groups import training
 from benchmarks.protocol import Case
 from benchmarks.report import Row, Target
 from benchmarks.spread import Spread
@@ -41,78 +44,64 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
 }
 ADAMW: dict[str, Any] = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-MAX_NORM = 1.0
+MAX_NORM = training.MAX_NORM
 FIRST = 3  # steps whose losses are compared
 LOSS_TOLERANCE = 1e-4  # nats
+FEW_ROUNDS = 3  # of the larger model
 
-
-def batches(batch: int, context: int, vocabulary: int) -> list[np.ndarray]:
-    """A few batches of tokens (B, T), more often small than large, as in text; taken in turn."""
-    draws = np.random.default_rng(0).random((4, batch, context))
-    return list((draws**3 * vocabulary).astype(np.int64))
+EAGER, COMPILED = "torch", "torch-compile"
+NAMES = {EAGER: "transformers", COMPILED: "transformers compiled"}
 
 
 # -- contenders
 
 
-def with_entrenar(model: str, batch: int, context: int, weights: str) -> Case:
-    from entrenar import kernels
+def with_entrenar(
+    model: str, batch: int, context: int, weights: str, first: int = FIRST, *, checkpointing: bool = False
+) -> Case:
     from entrenar.formats.safetensors import SafeTensors
     from entrenar.llama import Llama, LlamaConfig
-    from entrenar.optim import AdamW, clip_scale, global_norm
 
-    kernels.keep_freed_memory()  # as the training job does
-    llama = Llama(LlamaConfig(**MODELS[model]))
+    llama = Llama(LlamaConfig(**MODELS[model]), checkpointing=checkpointing)
     with SafeTensors(weights) as file:
         llama.load_state_dict(file)
-    parameters = llama.parameters()
-    optimizer = AdamW(llama.named_parameters(), **ADAMW)
-    data = cycle(batches(batch, context, MODELS[model]["vocab_size"]))
-
-    def step() -> float:
-        ids = next(data)
-        targets = np.full_like(ids, -100)  # the last token of a row has no successor, as in transformers
-        targets[:, :-1] = ids[:, 1:]
-        loss = llama.loss(ids, targets, reduction="mean")
-        loss.backward()
-        optimizer.step(grad_scale=clip_scale(global_norm(parameters), MAX_NORM))
-        optimizer.zero_grad()
-        return loss.item()
-
-    return Case(step, [step() for _ in range(FIRST)])
+    return training.case(training.entrenar_step(llama, ADAMW, batches(model, batch, context)), first)
 
 
-def with_torch(model: str, batch: int, context: int, weights: str) -> Case:
-    import torch
+def with_torch(
+    model: str, batch: int, context: int, weights: str, first: int = FIRST, *, checkpointing: bool = False,
+    compiled: bool = False,
+) -> Case:  # fmt: skip
     from safetensors.torch import load_file
 
     llama = new_torch_model(model)
     llama.load_state_dict(load_file(weights), strict=False)  # the tied head is not in the file
-    llama.train()
-    parameters = list(llama.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": ADAMW["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, **ADAMW | {"fused": True})
-    data = cycle([torch.from_numpy(ids) for ids in batches(batch, context, MODELS[model]["vocab_size"])])
-
-    def step() -> float:
-        ids = next(data)
-        loss = llama(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return Case(step, [step() for _ in range(FIRST)])
+    if checkpointing:
+        llama.gradient_checkpointing_enable()
+    if compiled:
+        llama = compile_model(llama)
+    return training.case(training.torch_step(llama, ADAMW, batches(model, batch, context)), first)
 
 
-CONTENDERS = {"entrenar": with_entrenar, "torch": with_torch}
+def compile_model(llama: Any) -> Any:
+    """For this processor, or for what --isa holds it to; in this process, so that none stays behind."""
+    import torch
+    from torch._inductor import config
+
+    config.compile_threads = 1
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
+        config.cpp.march = "haswell"
+    return torch.compile(llama)
 
 
-def new_torch_model(model: str):
+CONTENDERS = {"entrenar": with_entrenar, EAGER: with_torch, COMPILED: partial(with_torch, compiled=True)}
+
+
+def batches(model: str, batch: int, context: int) -> list[Any]:
+    return training.batches(batch, context, MODELS[model]["vocab_size"])
+
+
+def new_torch_model(model: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**MODELS[model], attn_implementation="sdpa", dtype="float32"))
@@ -144,65 +133,73 @@ def flops_per_token(model: str, context: int) -> int:
     return LlamaConfig(**MODELS[model]).flops_per_token(context)
 
 
-def cycle(items: list) -> Iterator[Any]:
-    while True:
-        yield from items
+def compiler_missing() -> str | None:
+    """Why torch.compile cannot work here; None if it can."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of a class that torch keeps to itself
+        return f"torch.compile has no C++ compiler ({type(error).__name__})"
+    return None
 
 
 # -- the driver's side
 
 
 def rows(bench: Bench) -> Iterator[Row]:
-    yield from race(bench, "15m", batch=4, context=256, rounds=bench.rounds, targets=True)
-    if bench.full:
-        yield from race(bench, "124m", batch=2, context=512, rounds=min(bench.rounds, 3), targets=False)
+    for model, batch, context, first, over_eager, over_compiled, memory in (
+        ("15m", 4, 256, FIRST, 1.8, 1.5, 0.4),
+        ("124m", 2, 512, 2, 1.6, 1.4, 0.72),
+    ):
+        targets = {EAGER: Target(">=", over_eager), COMPILED: Target(">=", over_compiled)}
+        rounds = bench.rounds if model == "15m" else min(bench.rounds, FEW_ROUNDS)
+        yield from race(bench, model, batch=batch, context=context, first=first, rounds=rounds, targets=targets,
+                        smaller=Target("<=", memory))  # fmt: skip
 
 
-def same_losses(a: list[float], b: list[float]) -> bool:
-    return len(a) == len(b) and all(abs(x - y) <= LOSS_TOLERANCE for x, y in zip(a, b, strict=True))
+same_losses = partial(training.same_losses, LOSS_TOLERANCE)
 
 
-def race(bench: Bench, model: str, *, batch: int, context: int, rounds: int, targets: bool) -> Iterator[Row]:
-    """Processes of their own, that do nothing else: their peak memory is that of this training alone."""
-    contenders = bench.present(("entrenar", "torch"))
+@contextmanager
+def written_weights(bench: Bench, model: str) -> Iterator[str]:
+    """A temporary file of initial weights."""
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder, "weights.safetensors"))
-        write = "write_weights" if "torch" in contenders else "write_own_weights"
-        bench.worker(contenders[-1]).call("step", write, model=model, path=weights)
-        workers = {name: bench.start(name) for name in contenders}
-        try:
-            times = bench.race(
-                "step",
-                contenders,
-                seconds=1.0,
-                rounds=rounds,
-                agree=same_losses,
-                workers=workers,
-                model=model,
-                batch=batch,
-                context=context,
-                weights=weights,
-            )
-            peaks = {name: worker.peak() for name, worker in workers.items()}
-        finally:
-            for worker in workers.values():
-                worker.close()
-    tokens, what = batch * context, f"{model} training step, {batch} x {context}"
-    speed = {name: tokens / times.of(name).median for name in contenders}
+        drawing, how = ("entrenar", "write_own_weights") if bench.torch_missing else (EAGER, "write_weights")
+        bench.worker(drawing).call("step", how, model=model, path=weights)
+        yield weights
+
+
+def race(
+    bench: Bench, model: str, *, batch: int, context: int, first: int, rounds: int, targets: dict[str, Target],
+    smaller: Target,
+) -> Iterator[Row]:  # fmt: skip
+    contenders = bench.present(("entrenar", EAGER, COMPILED))
+    no_compiler = bench.worker(EAGER).call("step", "compiler_missing") if EAGER in contenders else None
+    if no_compiler:
+        contenders.remove(COMPILED)
+    with written_weights(bench, model) as weights:
+        times, peaks = bench.race_apart("step", contenders, seconds=1.0, rounds=rounds, agree=same_losses, model=model,
+                                        batch=batch, context=context, weights=weights, first=first)  # fmt: skip
+    what = f"{model} training step, {batch} x {context}"
+    speed = {name: batch * context / times.of(name).median for name in contenders}
     flops = bench.worker("entrenar").call("step", "flops_per_token", model=model, context=context)
     share = bench.share_of_peak(flops * speed["entrenar"])
     details = {"tokens_per_second": speed, "peak_bytes": peaks, "seconds": times.seconds}
-    if "torch" not in contenders:
+    if EAGER not in contenders:
         measured = Spread.of([speed["entrenar"]])
-        yield Row(
-            "step", f"{what}: speed", "tokens/s", measured, None, share, bench.torch_missing or "", details
-        )
+        yield Row("step", f"{what}: speed", "tokens/s", measured, None, share, bench.torch_missing or "", details)
         return
-    note = f"{speed['entrenar']:.0f} tokens/s to transformers' {speed['torch']:.0f}"
-    target = Target(">=", 1.2) if targets else None
-    faster = times.speedup(over="torch")
-    yield Row("step", f"{what}: speed over transformers", "x", faster, target, share, note, details)
-    note = f"{peaks['entrenar'] / 2**20:.0f} MB to {peaks['torch'] / 2**20:.0f} MB, whole process"
-    target = Target("<=", 0.6) if targets else None
-    memory = Spread.of([peaks["entrenar"] / peaks["torch"]])
-    yield Row("step", f"{what}: peak memory over transformers'", "x", memory, target, "", note)
+    for peer in (EAGER, COMPILED):
+        name = f"{what}: speed over {NAMES[peer]}"
+        if peer not in contenders:
+            yield Row("step", name, "x", None, targets[peer], share, no_compiler or "")
+            continue
+        theirs = bench.share_of_peak(flops * speed[peer])
+        note = f"{speed['entrenar']:.0f} tokens/s to {speed[peer]:.0f}, which is {theirs}"
+        yield Row("step", name, "x", times.speedup(over=peer), targets[peer], share, note, details)
+    note = ", ".join(f"{NAMES.get(name, 'ours')} {peak / 2**20:.0f} MB" for name, peak in peaks.items())
+    memory = Spread.of([peaks["entrenar"] / peaks[EAGER]])
+    yield Row("step", f"{what}: peak memory over transformers'", "x", memory, smaller, "",
+              f"whole processes: {note}")  # fmt: skip

@@ -220,6 +220,8 @@ def adamw_step(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, *, st
         if not array.flags.writeable:
             raise ValueError(f"adamw_step: {name} is read-only, but changes in place: pass a copy")
     for (name, array), (other, its) in combinations((("p", p), ("g", g), ("m", m), ("v", v)), 2):
+        if array is not its and array.flags.owndata and its.flags.owndata:
+            continue  # the usual case, ten times as fast
         if np.may_share_memory(array, its) and np.shares_memory(array, its):
             raise ValueError(f"adamw_step: {name} and {other} share memory, but three of p, g, m, v change: copy one")
     if step < 1:

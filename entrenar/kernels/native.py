@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -274,22 +275,38 @@ def adamw_step(
     p: Array, g: Array, m: Array, v: Array, *, lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float, step: int, grad_scale: float,
 ) -> None:
-    checks.adamw_step(p, g, m, v, step=step)
-    in_place = all(a.dtype is F32 and a.flags.carray for a in (p, m, v))  # contiguous, aligned, writable
-    if not in_place or not float32(g):
-        return reference.adamw_step(p, g, m, v, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-                                    weight_decay=weight_decay, step=step, grad_scale=grad_scale)
-    g, v_correction, step_size = floats(g), 1 / (1 - beta2**step), lr / (1 - beta1**step)
-    lib.ent_adamw_step(at(p), at(m), at(v), at(g), grad_scale, beta1, 1 - beta1, beta2, 1 - beta2,
-                       v_correction, eps, lr * weight_decay, step_size, p.size)
+    adamw_steps([(p, g, m, v, weight_decay)], lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step,
+                grad_scale=grad_scale)
 
 
-def sum_of_squares(x: Array) -> float:
-    if not float32(x):
-        return reference.sum_of_squares(x)
-    x = floats(x)
-    work = scratch(2 * (x.size // 4096 + 1))  # named: the cast pointer does not keep it alive
-    return lib.ent_sum_of_squares(at(x), x.size, ffi.cast("double *", work))
+def adamw_steps(
+    parameters: Iterable[tuple[Array, Array, Array, Array, float]], *, lr: float, beta1: float, beta2: float,
+    eps: float, step: int, grad_scale: float,
+) -> None:
+    parameters, table, gradients = list(parameters), [], []
+    for p, g, m, v, _ in parameters:
+        checks.adamw_step(p, g, m, v, step=step)
+    for p, g, m, v, weight_decay in parameters:
+        in_place = all(a.dtype is F32 and a.flags.carray for a in (p, m, v))  # contiguous, aligned, writable
+        if not in_place or not float32(g):
+            reference.adamw_step(p, g, m, v, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+                                 step=step, grad_scale=grad_scale)
+            continue
+        g = floats(g)
+        gradients.append(g)  # the table does not keep a copy alive
+        table.append((at(p), at(m), at(v), at(g), lr * weight_decay, p.size))
+    lib.ent_adamw_steps(ffi.new("ent_adamw_parameter[]", table), len(table), grad_scale, beta1, 1 - beta1, beta2,
+                        1 - beta2, 1 / (1 - beta2**step), eps, lr / (1 - beta1**step))
+
+
+def sum_of_squares(*xs: Array) -> float:
+    if not float32(*xs):
+        return reference.sum_of_squares(*xs)
+    xs = tuple(floats(x) for x in xs)
+    blocks = sum(x.size // 4096 + 1 for x in xs)
+    work = scratch(2 * blocks)  # named: the cast pointer does not keep it alive
+    return lib.ent_sum_of_squares(ffi.new("float *[]", [at(x) for x in xs]), [x.size for x in xs], len(xs),
+                                  ffi.cast("double *", work))
 
 
 # ---- attention, linear_cross_entropy --------------------------------------------------------------------------------

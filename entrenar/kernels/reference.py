@@ -11,6 +11,7 @@ where the formula takes them, silently; empty arrays are fine. Left out: threads
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -28,7 +29,7 @@ __all__ = [  # the kernels, each of them also in native.py; besides, ops/element
     "rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward",
     "attention_forward", "attention_backward",
     "cross_entropy_forward", "cross_entropy_backward", "linear_cross_entropy",
-    "embedding_backward", "embedding_add", "adamw_step", "sum_of_squares", "fma_peak",
+    "embedding_backward", "embedding_add", "adamw_step", "adamw_steps", "sum_of_squares", "fma_peak",
 ]  # fmt: skip
 
 Array = np.ndarray
@@ -459,12 +460,33 @@ def adamw_step(
         p -= lr * (m / (1 - beta1**step)) / root
 
 
-def sum_of_squares(x: Array) -> float:
-    """sum of x^2 in float64, by blocks of 4096 added in order          any shape"""
-    flat = x.reshape(-1)
+def adamw_steps(
+    parameters: Iterable[tuple[Array, Array, Array, Array, float]],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    grad_scale: float,
+) -> None:
+    """`adamw_step` of every (p, g, m, v, weight_decay), no two of which share memory; all are checked first."""
+    parameters = list(parameters)
+    for p, g, m, v, _ in parameters:
+        checks.adamw_step(p, g, m, v, step=step)
+    for p, g, m, v, weight_decay in parameters:
+        adamw_step(p, g, m, v, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step,
+                   grad_scale=grad_scale)  # fmt: skip
+
+
+def sum_of_squares(*xs: Array) -> float:
+    """sum of x^2 in float64 over all arrays: of each by blocks of 4096 added in order          any shapes"""
+    total = 0.0
     with silent():
-        blocks = [flat[i : i + SUM_BLOCK].astype(np.float64) for i in range(0, flat.size, SUM_BLOCK)]
-        return float(sum(np.square(block).sum() for block in blocks))
+        for flat in (x.reshape(-1) for x in xs):
+            blocks = [flat[i : i + SUM_BLOCK].astype(np.float64) for i in range(0, flat.size, SUM_BLOCK)]
+            total += float(sum(np.square(block).sum() for block in blocks))
+    return total
 
 
 # -- the machine

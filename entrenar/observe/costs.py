@@ -113,11 +113,13 @@ OPERATIONS: dict[str, Callable[..., float]] = {
     "embedding_backward": _each(1),
     "embedding_add": lambda dw, dy, ids: dy.size,
     "adamw_step": _each(16),
-    "sum_of_squares": _each(2),
+    "adamw_steps": lambda parameters, **_: 16 * sum(p.size for p, *_ in parameters),
+    "sum_of_squares": lambda *xs: 2 * sum(x.size for x in xs),
 }
 
 MOVED: dict[str, Callable[..., int]] = {
     "adamw_step": lambda p, g, m, v, **_: 7 * p.nbytes,  # p, m and v there and back, g
+    "adamw_steps": lambda parameters, **_: 7 * sum(p.nbytes for p, *_ in parameters),
     "matmul_add": lambda c, a, b: 2 * c.nbytes + a.nbytes + b.nbytes,
     # of the table only the rows that are asked for
     "embedding_add": lambda dw, dy, ids: 3 * dy.nbytes + ids.nbytes,
@@ -125,6 +127,8 @@ MOVED: dict[str, Callable[..., int]] = {
 }
 
 SIZES: dict[str, Callable[..., str]] = {
+    "adamw_steps": lambda parameters, **_: f"{sum(p.size for p, *_ in parameters)}",
+    "sum_of_squares": lambda *xs: f"{sum(x.size for x in xs)}",
     "matmul": lambda a, b: f"{a.shape[-2]} x {a.shape[-1]} x {b.shape[-1]}",
     "matmul_add": lambda c, a, b: f"{a.shape[-2]} x {a.shape[-1]} x {b.shape[-1]}",
     "packed_linear": lambda x, w: f"{x.size // x.shape[-1]} x {w.shape[1]} x {w.shape[0]} {w.kind}",

@@ -1,0 +1,242 @@
+"""Reading a prompt and writing a text: by entrenar, by transformers, and, the larger model, by llama.cpp.
+
+One base, a folder of bfloat16 with random weights: entrenar holds it as it is, or in NF4; transformers as float32 and
+as bfloat16, of which the faster counts; llama.cpp has it from entrenar's export, as BF16, and from there in F16 and
+Q4_0 by its own program. Logits after the prompt must agree, as far as the formats can. Decoding waits for memory:
+beside it stands the share of what can be read, of the bytes of the weights that every token needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.driver import Agreement, Bench, Times
+from benchmarks.groups import bases, decode, llama_cpp
+from benchmarks.protocol import Case
+from benchmarks.report import Row, Target
+from benchmarks.spread import Spread
+
+PROMPT = 256  # tokens
+DECODING = 1.5  # seconds a round: the slowest, at 8 tokens/s, writes 36 tokens in three
+TOLERANCE_BFLOAT16 = decode.TOLERANCE_BFLOAT16  # of the logits' length
+TOLERANCE_4_BITS = 0.05  # of the logits' length alone: see same_length
+
+BFLOAT16, NF4, ARITHMETIC = "entrenar-bfloat16", "entrenar-nf4", "entrenar-bfloat16-arithmetic"
+TORCH_FLOAT32, TORCH_BFLOAT16 = "torch-float32", "torch-bfloat16"
+LLAMA_BF16, LLAMA_F16, LLAMA_Q4_0 = "llama-bf16", "llama-f16", "llama-q4_0"
+TORCH, LLAMA = (TORCH_FLOAT32, TORCH_BFLOAT16), (LLAMA_BF16, LLAMA_F16, LLAMA_Q4_0)
+NAMES = {
+    BFLOAT16: "ours in bfloat16",
+    NF4: "ours in NF4",
+    ARITHMETIC: "ours computing in bfloat16",
+    TORCH_FLOAT32: "transformers in float32",
+    TORCH_BFLOAT16: "transformers in bfloat16",
+    LLAMA_BF16: "llama.cpp in BF16",
+    LLAMA_F16: "llama.cpp in F16",
+    LLAMA_Q4_0: "llama.cpp in Q4_0",
+}
+
+
+# -- contenders: a model is loaded once, for writing and for reading
+
+
+@cache
+def our_model(contender: str, base: str) -> Any:
+    from entrenar import kernels
+    from entrenar.llama import Llama
+
+    kernels.keep_freed_memory()
+    how: dict[str, Any] = {"compute": "bfloat16"} if contender == ARITHMETIC else {}
+    return Llama.from_pretrained(base, storage="nf4" if contender == NF4 else "stored", **how)
+
+
+@cache
+def torch_model(compute: str, base: str) -> Any:
+    return bases.torch_model(base, compute, compute).eval()
+
+
+def prompt_of(model: str, tokens: int) -> Any:
+    return decode.first_tokens(model, max(tokens, decode.PROMPT))
+
+
+def with_entrenar(contender: str, model: str, tokens: int, base: str, files: dict[str, str]) -> Case:
+    return decode.writing(our_model(contender, base), prompt_of(model, tokens), tokens)
+
+
+def with_torch(compute: str, model: str, tokens: int, base: str, files: dict[str, str]) -> Case:
+    return decode.torch_writing(torch_model(compute, base), prompt_of(model, tokens), tokens)
+
+
+def with_llama_cpp(contender: str, model: str, tokens: int, base: str, files: dict[str, str]) -> Case:
+    return llama_cpp.writing(files[contender], prompt_of(model, tokens), tokens, decode.LONGEST)
+
+
+CONTENDERS = {
+    **{name: partial(with_entrenar, name) for name in (BFLOAT16, NF4, ARITHMETIC)},
+    TORCH_FLOAT32: partial(with_torch, "float32"),
+    TORCH_BFLOAT16: partial(with_torch, "bfloat16"),
+    **{name: partial(with_llama_cpp, name) for name in LLAMA},
+}
+
+
+def bytes_a_token(contender: str, base: str) -> int:
+    """Of weights, that are read for every token: all but an embedding, of which a row is."""
+    llama = our_model(contender, base)
+    weights = [*llama.named_packed(), *((name, tensor.data) for name, tensor in llama.named_parameters())]
+    untied = not llama.config.tie_word_embeddings
+    return sum(weight.nbytes for name, weight in weights if not (untied and name == "model.embed_tokens.weight"))
+
+
+def flops_per_token(model: str, context: int) -> int:
+    from entrenar.llama import LlamaConfig
+
+    return LlamaConfig(**bases.MODELS[model]).flops_per_token(context, training=False)
+
+
+# -- the driver's side
+
+
+def same_length(a: list[float], b: list[float]) -> bool:
+    """Of models in 4 bits. Random weights lose much by them, layer after layer: after 22 layers our NF4's logits are
+    off by 0.6 of their length. That NF4 computes what it should is for decode.py to check.
+    """
+    return len(a) == len(b) and abs(a[0] - b[0]) <= TOLERANCE_4_BITS * max(a[0], b[0])
+
+
+AGREE: dict[str, Agreement] = {
+    **dict.fromkeys((ARITHMETIC, *TORCH, LLAMA_BF16, LLAMA_F16), partial(decode.within, TOLERANCE_BFLOAT16)),
+    **dict.fromkeys((NF4, LLAMA_Q4_0), same_length),
+}
+
+
+@dataclass
+class Measured:
+    bench: Bench
+    model: str
+    writing: Times
+    reading: Times
+    peaks: dict[str, int]
+    weights: dict[str, int]  # bytes a token, of ours
+    bandwidth: float  # of reading
+    flops: int  # of a token of the prompt
+
+    def writes(self, name: str) -> float:
+        """Tokens a second."""
+        return 1 / self.writing.of(name).median
+
+    def reads(self, name: str) -> float:
+        return PROMPT / self.reading.of(name).median
+
+    def share(self, name: str) -> float:
+        return self.weights[name] * self.writes(name) / self.bandwidth
+
+    def bandwidth_share(self, name: str) -> str:
+        return f"{self.share(name):.0%} of reading {self.bandwidth / 1e9:.1f} GB/s"
+
+    def peak_share(self, name: str) -> str:
+        return self.bench.share_of_peak(self.flops * self.reads(name))
+
+
+def rows(bench: Bench, models: Sequence[str] = ("124m", "1.1b")) -> Iterator[Row]:
+    for model in models:
+        measured = race(bench, model, llama=model == "1.1b")
+        yield from against_transformers(measured)
+        yield row_of_bandwidth(measured)
+        if model == "1.1b":
+            yield from against_llama_cpp(measured)
+
+
+def race(bench: Bench, model: str, *, llama: bool) -> Measured:
+    ours = [BFLOAT16, *[NF4] * llama]
+    if not bench.isa and bench.worker("entrenar").call("finetune", "computes_bfloat16"):
+        ours.append(ARITHMETIC)
+    contenders = bench.present((*ours, *TORCH, *LLAMA * llama))
+    how: dict[str, Any] = dict(rounds=min(bench.rounds, decode.FEW_ROUNDS), agree=AGREE, model=model)
+    with bases.written(bench, model, "bfloat16") as folders:
+        base = folders["base"]
+        files = gguf_files(bench, base, [name for name in contenders if name in LLAMA])
+        bandwidth = max(bench.machine["reading"], bench.worker("entrenar").call("machine", "reading"))
+        with bench.apart(contenders) as workers:
+            how |= {"workers": workers, "base": base, "files": files}
+            writing = bench.race("generation", contenders, tokens=1, seconds=DECODING, **how)
+            peaks = {name: worker.peak() for name, worker in workers.items()}
+            # Held to AVX2, PyTorch has no arithmetic in bfloat16: a prompt takes it nearly twice as long as in float32
+            readers = [name for name in contenders if not (bench.isa and name == TORCH_BFLOAT16)]
+            reading = bench.race("generation", readers, tokens=PROMPT, seconds=0.5, **how)
+            weights = {name: workers[name].call("generation", "bytes_a_token", contender=name, base=base)
+                       for name in ours}  # fmt: skip
+    flops = bench.worker("entrenar").call("generation", "flops_per_token", model=model, context=PROMPT)
+    return Measured(bench, model, writing, reading, peaks, weights, bandwidth, flops)
+
+
+def gguf_files(bench: Bench, base: str, contenders: Sequence[str]) -> dict[str, str]:
+    """llama.cpp's contenders and their files, which lie beside the base and go with it."""
+    if not contenders:
+        return {}
+    files = {name: str(Path(base).parent / f"{name}.gguf") for name in LLAMA}
+    with bench.apart(("entrenar", "torch")) as workers:
+        workers["entrenar"].call("llama_cpp", "write_gguf", base=base, path=files[LLAMA_BF16])
+        for name in (LLAMA_F16, LLAMA_Q4_0):
+            workers["torch"].call("llama_cpp", "quantize", source=files[LLAMA_BF16], path=files[name],
+                                  kind=name.removeprefix("llama-"), threads=bench.threads)  # fmt: skip
+    return files
+
+
+def fastest(times: Times, names: Sequence[str]) -> str | None:
+    return min((name for name in names if name in times.seconds), key=lambda name: times.of(name).median, default=None)
+
+
+def words(speeds: dict[str, float]) -> str:
+    return ", ".join(f"{speed:.3g} of {NAMES[name]}" for name, speed in speeds.items())
+
+
+def compared(times: Times, tokens: int, ours: Sequence[str], peers: Sequence[str]) -> str:
+    return "tokens/s: " + words({n: tokens / times.of(n).median for n in (*ours, *peers) if n in times.seconds})
+
+
+def against(name: str, times: Times, tokens: int, ours: str, peers: Sequence[str], target: Target | None, share: str,
+            missing: str | None, details: dict[str, Any] | None = None) -> Row:  # fmt: skip
+    """Our speed over the fastest of the peers; without any, ours alone."""
+    note = compared(times, tokens, [ours], peers)
+    if (peer := fastest(times, peers)) is None:
+        return Row("generation", name, "x", None, target, share, f"{missing}; {note}", details or {})
+    return Row("generation", name, "x", times.speedup(of=ours, over=peer), target, share, note, details or {})
+
+
+def against_transformers(m: Measured) -> Iterator[Row]:
+    missing = m.bench.torch_missing
+    name = f"{m.model} in bfloat16, a prompt of {PROMPT} tokens: speed over transformers"
+    details = {"seconds": m.reading.seconds}
+    yield against(name, m.reading, PROMPT, BFLOAT16, TORCH, Target(">=", 1.4), m.peak_share(BFLOAT16), missing, details)
+    if ARITHMETIC in m.reading.seconds:
+        name = f"{m.model}, a prompt of {PROMPT} tokens, computing in bfloat16: speed over transformers"
+        yield against(name, m.reading, PROMPT, ARITHMETIC, TORCH, Target(">=", 1.0), "", missing)
+    name = f"{m.model} in bfloat16, decoding: speed over transformers"
+    details = {"seconds": m.writing.seconds, "peak_bytes": m.peaks}
+    yield against(name, m.writing, 1, BFLOAT16, TORCH, Target(">=", 3.0), m.bandwidth_share(BFLOAT16), missing, details)
+
+
+def row_of_bandwidth(m: Measured) -> Row:
+    shares = [m.weights[BFLOAT16] / seconds / m.bandwidth for seconds in m.writing.seconds[BFLOAT16]]
+    note = f"{m.weights[BFLOAT16] / 1e9:.2f} GB of weights a token, {m.writes(BFLOAT16):.3g} tokens/s"
+    return Row("generation", f"{m.model} in bfloat16, decoding: bytes of weights a second, over what can be read", "x",
+               Spread.of(shares), Target(">=", 0.75), m.bandwidth_share(BFLOAT16), note)  # fmt: skip
+
+
+def against_llama_cpp(m: Measured) -> Iterator[Row]:
+    missing, model = m.bench.llama_missing, m.model
+    yield against(f"{model} in bfloat16, decoding: speed over llama.cpp's BF16", m.writing, 1, BFLOAT16, (LLAMA_BF16,),
+                  Target(">=", 1.15), m.bandwidth_share(BFLOAT16), missing)  # fmt: skip
+    yield against(f"{model} in NF4, decoding: speed over llama.cpp's Q4_0", m.writing, 1, NF4, (LLAMA_Q4_0,),
+                  Target(">=", 0.7), m.bandwidth_share(NF4), missing)  # fmt: skip
+    ours = fastest(m.reading, [name for name in (BFLOAT16, NF4) if name in m.reading.seconds])
+    assert ours is not None
+    yield against(f"{model}, a prompt of {PROMPT} tokens: speed over llama.cpp's best", m.reading, PROMPT, ours, LLAMA,
+                  Target(">=", 1.0), m.peak_share(ours), missing)  # fmt: skip
+    peaks = ", ".join(f"{peak / 1e9:.2f} of {NAMES[name]}" for name, peak in m.peaks.items() if name != BFLOAT16)
+    yield Row("generation", f"{model} in bfloat16, decoding: peak memory", "GB", Spread.of([m.peaks[BFLOAT16] / 1e9]),
+              None, "", f"whole process; {peaks}")  # fmt: skip
