@@ -28,6 +28,7 @@ from benchmarks.report import NOISE, Report, Row, named, number
 TOLERANCE, MORE_TOLERANCE = 0.10, 0.30
 TRIES = 3
 ROUNDS = 5
+STOLEN = 0.02  # of the processors, by other machines on the same host, while ratios were measured
 SAME = ("cpu", "cores", "threads", "isa", "backend")
 FINE, SLOWER, NOTHING, UNSURE = 0, 1, 2, 3
 
@@ -93,6 +94,7 @@ def check(bench: Bench, committed: Report, guards: Sequence[Guard] = guard.GUARD
         say("Nothing to compare with: the committed results have no rows of the guard (python -m benchmarks).")
         return NOTHING
     verdicts: list[Verdict] = []
+    before = machine.stolen()
     for measure in guards:
         for verdict in judged(bench, measure, ratios, MORE_TOLERANCE if other else TOLERANCE):
             say(str(verdict))
@@ -101,6 +103,10 @@ def check(bench: Bench, committed: Report, guards: Sequence[Guard] = guard.GUARD
         say(f"Not compared: {', '.join(missing)}" + (f" ({bench.torch_missing})" if bench.torch_missing else ""))
     if not any(verdict.slower for verdict in verdicts):
         return FINE
+    taken = machine.share_stolen(before, machine.stolen())
+    if taken >= STOLEN:
+        say(f"Other machines on this one's host took {taken:.0%} of the processors: try again when they do not.")
+        return UNSURE
     if bench.machine["busy"] >= NOISE:
         say(f"Others took up to {bench.machine['busy']:.0%} of the processors: try again when they are idle.")
         return UNSURE

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,13 @@ def test_low_ratios_on_a_busy_machine_are_not_called_regressions(bench):
     assert run(bench, committed(ratio(1.2)), guard_of(1.2))[0] == check.FINE
 
 
+def test_low_ratios_while_the_host_gives_its_processors_away_are_not_called_regressions(bench, monkeypatch):
+    ticks = iter([(100, 1000), (150, 2000)])
+    monkeypatch.setattr(check.machine, "stolen", lambda: next(ticks))
+    status, lines = run(bench, committed(ratio(1.2)), guard_of(0.9, 0.9, 0.9))
+    assert status == check.UNSURE and "took 5% of the processors" in lines[-1]
+
+
 def test_on_another_machine_speeds_over_peers_are_compared_with_more_room(bench):
     report = committed(ratio(1.2), ratio(88.0, "share of the peak", "%"), cpu="another CPU")
     guards = guard_of(0.9), guard_of(10.0, name="share of the peak", unit="%")
@@ -131,8 +139,13 @@ def test_the_committed_results_have_every_ratio_that_needs_no_peer():
 
 @pytest.mark.tier3
 def test_nothing_became_slower_than_the_committed_results():
-    """Without PyTorch's environment: ratios to NumPy and to the machine alone."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.check"], cwd=ROOT, capture_output=True, text=True)
+    """Without PyTorch's environment: ratios to NumPy and to the machine alone. What is slower a minute later, too, is
+    no neighbour's doing."""
+    command = [sys.executable, "-m", "benchmarks.check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == check.SLOWER:
+        time.sleep(60)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode == check.UNSURE:
         pytest.skip(done.stdout.splitlines()[-1])
     assert done.returncode == check.FINE, done.stdout + done.stderr

@@ -151,6 +151,17 @@ def busy(seconds: float = 0.5) -> float:
     return 1 - (after[0] - before[0]) / max(1, after[1] - before[1])
 
 
+def stolen() -> tuple[int, int]:
+    """Ticks that other machines on the same host took while this one wanted to run, and all ticks; so far."""
+    stat = Path("/proc/stat")
+    counts = [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]] if stat.exists() else [0] * 8
+    return counts[7], sum(counts)
+
+
+def share_stolen(before: tuple[int, int], after: tuple[int, int]) -> float:
+    return (after[0] - before[0]) / max(1, after[1] - before[1])
+
+
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
