@@ -37,7 +37,14 @@ from entrenar.kernels.calling import (  # noqa: F401 (what kernels/__init__.py a
     strided,
     use_isa,
 )
-from entrenar.kernels.native_packed import packed, packed_linear, packed_linear_backward, unpack, unpack_rows  # noqa: F401
+from entrenar.kernels.native_packed import (  # noqa: F401
+    packed,
+    packed_linear,
+    packed_linear_backward,
+    packed_linears,
+    unpack,
+    unpack_rows,
+)
 from entrenar.kernels.native_quantize import quantize_4bit, quantize_q8_0, round_bfloat16  # noqa: F401
 from entrenar.kernels.packed import Packed
 
