@@ -182,9 +182,9 @@ def side_by_side(x: Tensor, *layers: Module) -> list[Tensor]:
     Where they are plain, frozen in a storage format, and neither recorded nor watched, one kernel does them all: to
     write one token, waking the threads costs about as much as a small product.
     """
-    weights = [layer.weight for layer in layers if type(layer) is Linear and layer.bias is None]
-    plain = len(weights) == len(layers) and all(isinstance(w, Packed) for w in weights)
-    if not plain or (is_recording() and x.requires_grad) or current_watcher() is not None:
+    plain = [layer for layer in layers if type(layer) is Linear and layer.bias is None]
+    weights = [layer.weight for layer in plain if isinstance(layer.weight, Packed)]
+    if len(weights) < len(layers) or (is_recording() and x.requires_grad) or current_watcher() is not None:
         return [layer(x) for layer in layers]
     shape = x.shape
     ys = kernels.packed_linears(x.data.reshape(-1, shape[-1]), weights)
