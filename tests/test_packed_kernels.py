@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from kernel_cases import PACKED, bound_matmul, mismatch, normal, random_packed
 from entrenar import Tensor, kernels, nn, ops
 from entrenar.gradcheck import gradcheck
 from entrenar.kernels import reference
+from entrenar.kernels.memory import HUGE, TOGETHER, Lasting, lasting
 from entrenar.kernels.packed import FP4, NF4, Nested, Packed
 from entrenar.tensor import no_grad, watched
 
@@ -253,3 +256,49 @@ def test_matmul_add_refuses_what_it_would_overwrite(native):
         native.matmul_add(c, c, np.ones((4, 4), np.float32))
     with pytest.raises(ValueError, match="wants c"):
         native.matmul_add(c, np.ones((4, 3), np.float32), np.ones((4, 4), np.float32))
+
+
+# Where codes lie
+
+
+def test_small_arrays_that_stay_lie_in_one_piece_and_large_ones_alone():
+    make = Lasting()
+    arrays = [make(count, dtype) for count, dtype in ((1000, np.uint8), (7, np.uint16), (0, np.int8), (64, np.uint16))]
+    assert [(a.shape, a.dtype) for a in arrays] == [
+        ((1000,), np.uint8), ((7,), np.uint16), ((0,), np.int8), ((64,), np.uint16)]  # fmt: skip
+    piece = arrays[0].base
+    assert HUGE <= piece.nbytes < HUGE + 100 and all(a.base is piece for a in arrays)
+    assert all(a.ctypes.data % 64 == 0 and a.flags.carray for a in arrays if a.size)
+    for value, a in enumerate(arrays):
+        a[:] = value
+    assert all((a == value).all() for value, a in enumerate(arrays)), "they overlap"
+    assert make(HUGE, np.uint8).base is None
+
+
+def test_a_piece_that_is_full_is_followed_by_another():
+    make = Lasting()
+    arrays = [make(HUGE * 3 // 4, np.uint8) for _ in range(10)]
+    sizes = list({id(a.base): a.base.nbytes for a in arrays}.values())
+    assert sizes == [HUGE + 64, 2 * (HUGE + 64), TOGETHER, TOGETHER]
+    for a in arrays:
+        start = a.ctypes.data - a.base.ctypes.data
+        assert 0 <= start and start + a.nbytes <= a.base.nbytes
+
+
+def test_a_piece_is_freed_with_the_last_array_in_it():
+    make = Lasting()
+    one, other = make(10, np.uint8), make(10, np.uint8)
+    piece = weakref.ref(one.base)
+    del one
+    assert piece() is other.base
+    del other
+    assert piece() is None
+    assert make(10, np.uint8).nbytes == 10
+
+
+def test_each_thread_has_pieces_of_its_own():
+    here, there = [lasting(10, np.uint8)], []
+    thread = threading.Thread(target=lambda: there.append(lasting(10, np.uint8)))
+    thread.start()
+    thread.join()
+    assert here[0].base is not there[0].base
