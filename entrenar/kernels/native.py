@@ -321,8 +321,8 @@ LOGITS_AT_ONCE = 1 << 23  # floats, 32 MB: a chunk in linear_cross_entropy; 16 M
 
 
 def head_strides(*arrays: Array):
-    """The element strides of q, k, v along their first three axes."""
-    return ffi.new("int64_t[9]", [stride // 4 for a in arrays for stride in a.strides[:3]])
+    """The element strides of q, k, v along their first three axes; cffi makes an array of them for the call."""
+    return [stride // 4 for a in arrays for stride in a.strides[:3]]
 
 
 def at_starts(starts: Array | None):
