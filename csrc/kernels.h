@@ -34,6 +34,10 @@ void ent_unpack_rows(float *restrict to, const ent_packed *w, const int64_t *res
 // ent_packed_linear_scratch(threads, N, I) floats, 64-byte aligned
 void ent_packed_linear(float *restrict y, const float *restrict x, const ent_packed *w, float *restrict scratch,
                        int64_t threads, int64_t N);
+// y = x W^T of each of `count` matrices with as many columns, one (N, O) after the other: bit for bit as one by one,
+// but for few rows threads are woken once. `scratch` as for one
+void ent_packed_linears(float *restrict y, const float *restrict x, const ent_packed *const *ws, int64_t count,
+                        float *restrict scratch, int64_t threads, int64_t N);
 int64_t ent_packed_linear_scratch(int64_t threads, int64_t N, int64_t I);
 void ent_packed_linear_backward(float *restrict dx, const float *restrict dy, const ent_packed *w,
                                 float *restrict scratch, int64_t threads, int64_t N);

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from entrenar import ops, random
+from entrenar import kernels, ops, random
 from entrenar.kernels.packed import Packed
 from entrenar.ops.loss import Reduction
 from entrenar.state import check_fits
-from entrenar.tensor import Tensor, current_watcher
+from entrenar.tensor import Tensor, current_watcher, is_recording
 
 
 class Module:
@@ -174,6 +174,21 @@ class Linear(Module):
         if self.bias is not None:
             return ops.cross_entropy(self(x), targets, reduction=reduction)
         return ops.linear_cross_entropy(x, self.weight, targets, reduction=reduction)
+
+
+def side_by_side(x: Tensor, *layers: Module) -> list[Tensor]:
+    """[layer(x) for layer in layers], bit for bit: several that read one x.
+
+    Where they are plain, frozen in a storage format, and neither recorded nor watched, one kernel does them all: to
+    write one token, waking the threads costs about as much as a small product.
+    """
+    plain = [layer for layer in layers if type(layer) is Linear and layer.bias is None]
+    weights = [layer.weight for layer in plain if isinstance(layer.weight, Packed)]
+    if len(weights) < len(layers) or (is_recording() and x.requires_grad) or current_watcher() is not None:
+        return [layer(x) for layer in layers]
+    shape = x.shape
+    ys = kernels.packed_linears(x.data.reshape(-1, shape[-1]), weights)
+    return [Tensor(y.reshape(*shape[:-1], y.shape[-1])) for y in ys]
 
 
 class Embedding(Module):

@@ -4,8 +4,11 @@ of the decoded matrix; no dequantized matrix is ever made; and what a Packed ref
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +17,9 @@ from kernel_cases import PACKED, bound_matmul, mismatch, normal, random_packed
 from entrenar import Tensor, kernels, nn, ops
 from entrenar.gradcheck import gradcheck
 from entrenar.kernels import reference
+from entrenar.kernels.memory import HUGE, TOGETHER, Lasting, lasting
 from entrenar.kernels.packed import FP4, NF4, Nested, Packed
+from entrenar.tensor import no_grad, watched
 
 SHAPES = ((1, 1), (3, 5), (7, 64), (5, 200), (2, 4160), (3, 16448), (70, 130))
 
@@ -85,6 +90,57 @@ def test_a_row_among_few_has_the_bits_it_has_alone(kind, isa, native):
     alone = np.concatenate([native.packed_linear(row[None], w) for row in x])
     for N in range(1, 9):
         assert native.packed_linear(x[:N], w).tobytes() == alone[:N].tobytes(), N
+
+
+@pytest.mark.parametrize("N", [0, 1, 3, 8, 9])
+@pytest.mark.parametrize("kinds", [("bfloat16",) * 3, ("nf4 nested", "bfloat16", "q8_0"), ("nf4",) * 2, ("fp4",), ()])
+def test_several_matrices_at_once_have_the_bits_of_one_after_the_other(N, kinds, isa, native, thread_count):
+    """Few rows and many, matrices of unequal height, too low for all threads, and as high as makes threads worth it."""
+    rng = np.random.default_rng(12)
+    for I, heights in ((192, (6, 33, 1)), (100, (5, 8, 3)), (1024, (900, 0, 301))):
+        x, ws = normal(rng, N, I), [random_packed(rng, kind, O, I) for kind, O in zip(kinds, heights, strict=False)]
+        for threads in (1, 2, 3):
+            thread_count(threads)
+            got = native.packed_linears(x, ws)
+            assert [y.shape for y in got] == [(N, w.shape[0]) for w in ws]
+            for y, w in zip(got, ws, strict=True):
+                assert y.tobytes() == native.packed_linear(x, w).tobytes(), (I, threads, w.kind, w.shape)
+
+
+def test_layers_side_by_side_are_one_kernel_where_nobody_records_or_watches_them(monkeypatch):
+    rng, calls = np.random.default_rng(13), []
+    layers = [nn.Linear(64, outputs) for outputs in (10, 6)]
+    x = Tensor(normal(rng, 2, 3, 64), requires_grad=True)
+    together = kernels.packed_linears
+    monkeypatch.setattr(kernels, "packed_linears", lambda x, ws: calls.append(len(ws)) or together(x, ws))
+
+    def same_and_together(expected):
+        """Whether the values are those of one layer after the other, and who made them."""
+        calls.clear()
+        got, want = nn.side_by_side(x, *layers), [layer(x) for layer in layers]
+        return all(g.data.tobytes() == w.data.tobytes() for g, w in zip(got, want, strict=True)) and calls == expected
+
+    with no_grad():
+        assert same_and_together([])  # weights are floats
+        for layer in layers:
+            layer.weight = random_packed(rng, "nf4", *layer.weight.shape)
+        assert same_and_together([2])
+        with watched(Watches()):
+            assert same_and_together([])
+        layers[1].bias = Tensor(normal(rng, 6))
+        assert same_and_together([])
+        layers[1].bias = None
+    assert same_and_together([])  # x wants a gradient
+    sum(y.sum() for y in nn.side_by_side(x, *layers)).backward()
+    assert x.grad is not None and np.abs(x.grad).max() > 0
+
+
+class Watches:
+    def forward(self, op, inputs, out):
+        pass
+
+    def inside(self, module):
+        return contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -200,3 +256,49 @@ def test_matmul_add_refuses_what_it_would_overwrite(native):
         native.matmul_add(c, c, np.ones((4, 4), np.float32))
     with pytest.raises(ValueError, match="wants c"):
         native.matmul_add(c, np.ones((4, 3), np.float32), np.ones((4, 4), np.float32))
+
+
+# Where codes lie
+
+
+def test_small_arrays_that_stay_lie_in_one_piece_and_large_ones_alone():
+    make = Lasting()
+    arrays = [make(count, dtype) for count, dtype in ((1000, np.uint8), (7, np.uint16), (0, np.int8), (64, np.uint16))]
+    assert [(a.shape, a.dtype) for a in arrays] == [
+        ((1000,), np.uint8), ((7,), np.uint16), ((0,), np.int8), ((64,), np.uint16)]  # fmt: skip
+    piece = arrays[0].base
+    assert HUGE <= piece.nbytes < HUGE + 100 and all(a.base is piece for a in arrays)
+    assert all(a.ctypes.data % 64 == 0 and a.flags.carray for a in arrays if a.size)
+    for value, a in enumerate(arrays):
+        a[:] = value
+    assert all((a == value).all() for value, a in enumerate(arrays)), "they overlap"
+    assert make(HUGE, np.uint8).base is None
+
+
+def test_a_piece_that_is_full_is_followed_by_another():
+    make = Lasting()
+    arrays = [make(HUGE * 3 // 4, np.uint8) for _ in range(10)]
+    sizes = list({id(a.base): a.base.nbytes for a in arrays}.values())
+    assert sizes == [HUGE + 64, 2 * (HUGE + 64), TOGETHER, TOGETHER]
+    for a in arrays:
+        start = a.ctypes.data - a.base.ctypes.data
+        assert 0 <= start and start + a.nbytes <= a.base.nbytes
+
+
+def test_a_piece_is_freed_with_the_last_array_in_it():
+    make = Lasting()
+    one, other = make(10, np.uint8), make(10, np.uint8)
+    piece = weakref.ref(one.base)
+    del one
+    assert piece() is other.base
+    del other
+    assert piece() is None
+    assert make(10, np.uint8).nbytes == 10
+
+
+def test_each_thread_has_pieces_of_its_own():
+    here, there = [lasting(10, np.uint8)], []
+    thread = threading.Thread(target=lambda: there.append(lasting(10, np.uint8)))
+    thread.start()
+    thread.join()
+    assert here[0].base is not there[0].base

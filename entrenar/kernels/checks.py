@@ -103,13 +103,15 @@ def rope(kernel: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
 
 def attention(kernel: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
     """q (B, T, H, D); k, v (B, S, KH, D); KH divides H; S >= T."""
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:  # B and D agree
-        raise ValueError(f"{kernel}: wants q (B, T, H, D) and k, v (B, S, KH, D), got {shapes}")
-    if q.shape[2] and (not k.shape[2] or q.shape[2] % k.shape[2]):
-        raise ValueError(f"{kernel}: the key/value heads must divide the query heads, got {shapes}")
-    if q.shape[1] > k.shape[1]:
-        raise ValueError(f"{kernel}: causal: wants no fewer keys than queries (S >= T), got {shapes}")
+        wrong = "wants q (B, T, H, D) and k, v (B, S, KH, D)"
+    elif q.shape[2] and (not k.shape[2] or q.shape[2] % k.shape[2]):
+        wrong = "the key/value heads must divide the query heads"
+    elif q.shape[1] > k.shape[1]:
+        wrong = "causal: wants no fewer keys than queries (S >= T)"
+    else:
+        return
+    raise ValueError(f"{kernel}: {wrong}, got q {q.shape}, k {k.shape}, v {v.shape}")
 
 
 def documents(kernel: str, starts: np.ndarray | None, q: np.ndarray, k: np.ndarray) -> np.ndarray | None:

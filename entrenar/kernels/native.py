@@ -37,7 +37,14 @@ from entrenar.kernels.calling import (  # noqa: F401 (what kernels/__init__.py a
     strided,
     use_isa,
 )
-from entrenar.kernels.native_packed import packed, packed_linear, packed_linear_backward, unpack, unpack_rows  # noqa: F401
+from entrenar.kernels.native_packed import (  # noqa: F401
+    packed,
+    packed_linear,
+    packed_linear_backward,
+    packed_linears,
+    unpack,
+    unpack_rows,
+)
 from entrenar.kernels.native_quantize import quantize_4bit, quantize_q8_0, round_bfloat16  # noqa: F401
 from entrenar.kernels.packed import Packed
 
@@ -314,8 +321,8 @@ LOGITS_AT_ONCE = 1 << 23  # floats, 32 MB: a chunk in linear_cross_entropy; 16 M
 
 
 def head_strides(*arrays: Array):
-    """The element strides of q, k, v along their first three axes."""
-    return ffi.new("int64_t[9]", [stride // 4 for a in arrays for stride in a.strides[:3]])
+    """The element strides of q, k, v along their first three axes; cffi makes an array of them for the call."""
+    return [stride // 4 for a in arrays for stride in a.strides[:3]]
 
 
 def at_starts(starts: Array | None):

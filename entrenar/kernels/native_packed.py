@@ -6,6 +6,7 @@ reference_packed.py."""
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -66,6 +67,21 @@ def packed_linear(x: Array, w: Packed) -> Array:
         work = scratch(lib.ent_packed_linear_scratch(threads, len(x), I))
         lib.ent_packed_linear(at(y), at(x), packed(w), work, threads, len(x))
     return y
+
+
+def packed_linears(x: Array, ws: Sequence[Packed]) -> list[Array]:
+    for w in ws:
+        checks.packed("packed_linear", x, w, 1)
+    if not (float32(x) and x.size and ws):
+        return [packed_linear(x, w) for w in ws]
+    x, (N, I), threads = floats(x), x.shape, lib.ent_num_threads
+    y, ys, end = empty(N * sum(w.shape[0] for w in ws)), [], 0
+    for w in ws:
+        start, end = end, end + N * w.shape[0]
+        ys.append(y[start:end].reshape(N, w.shape[0]))
+    work = scratch(lib.ent_packed_linear_scratch(threads, N, I))
+    lib.ent_packed_linears(at(y), at(x), [packed(w) for w in ws], len(ws), work, threads, N)
+    return ys
 
 
 def packed_linear_backward(dy: Array, w: Packed) -> Array:

@@ -17,12 +17,18 @@ import numpy as np
 
 from entrenar.kernels import checks
 from entrenar.kernels.packed import Packed
-from entrenar.kernels.reference_packed import packed_linear, packed_linear_backward, unpack, unpack_rows
+from entrenar.kernels.reference_packed import (
+    packed_linear,
+    packed_linear_backward,
+    packed_linears,
+    unpack,
+    unpack_rows,
+)
 from entrenar.kernels.reference_quantize import quantize_4bit, quantize_q8_0, round_bfloat16
 
 __all__ = [  # the kernels, each of them also in native.py; besides, ops/elementwise.py reads sigmoid and erf
     "matmul", "matmul_add",
-    "unpack", "unpack_rows", "packed_linear", "packed_linear_backward",
+    "unpack", "unpack_rows", "packed_linear", "packed_linears", "packed_linear_backward",
     "quantize_4bit", "quantize_q8_0", "round_bfloat16",
     "softmax_forward", "softmax_backward", "log_softmax_forward", "log_softmax_backward",
     "rms_norm_forward", "rms_norm_backward", "layer_norm_forward", "layer_norm_backward",

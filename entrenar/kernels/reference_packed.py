@@ -7,6 +7,8 @@ Here a packed matrix is made floats as a whole; C never does that: it decodes on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from entrenar.kernels import checks
@@ -50,6 +52,11 @@ def packed_linear(x: Array, w: Packed) -> Array:
     checks.packed("packed_linear", x, w, 1)
     with np.errstate(all="ignore"):
         return x @ unpack(w).astype(x.dtype).T
+
+
+def packed_linears(x: Array, ws: Sequence[Packed]) -> list[Array]:
+    """[x W^T for W in ws]          x (N, I)   each W (O, I), O its own   -> (N, O) each"""
+    return [packed_linear(x, w) for w in ws]
 
 
 def packed_linear_backward(dy: Array, w: Packed) -> Array:

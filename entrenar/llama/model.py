@@ -17,7 +17,7 @@ import numpy as np
 from entrenar import ops
 from entrenar.kernels.packed import Packed
 from entrenar.llama.config import LlamaConfig
-from entrenar.nn import Embedding, Linear, Module, RMSNorm
+from entrenar.nn import Embedding, Linear, Module, RMSNorm, side_by_side
 from entrenar.ops.loss import Reduction
 from entrenar.tensor import Tensor
 
@@ -106,9 +106,8 @@ class Attention(Module):
     def forward(self, x: Tensor, cos: np.ndarray, sin: np.ndarray, cache: KVCache | None = None,
                 starts: np.ndarray | None = None) -> Tensor:  # fmt: skip
         B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).reshape(B, T, -1, self.head_dim)  # (B, T, KH, D)
-        v = self.v_proj(x).reshape(B, T, -1, self.head_dim)  # (B, T, KH, D)
+        parts = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.reshape(B, T, -1, self.head_dim) for part in parts)  # (B, T, H, D), (B, T, KH, D) twice
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         if cache is not None:
             k, v = (Tensor(part) for part in cache.extend(self.layer, k.data, v.data))  # (B, S, KH, D)
@@ -126,7 +125,7 @@ class MLP(Module):
         self.down_proj = Linear(F, C, bias=bias, std=_residual_std(config), dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu(*side_by_side(x, self.gate_proj, self.up_proj)))
 
 
 class Block(Module):

@@ -10,7 +10,7 @@ excused by it: what it does too much shows as a lower share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,10 @@ def _packed_linear(x: np.ndarray, w: Packed) -> int:
     return 2 * (x.size // x.shape[-1]) * math.prod(w.shape)
 
 
+def _packed_linears(x: np.ndarray, ws: Sequence[Packed]) -> int:
+    return sum(_packed_linear(x, w) for w in ws)
+
+
 def seen(q: np.ndarray, k: np.ndarray, starts: np.ndarray | None = None) -> int:
     """How many pairs of a query and a key that it sees: of one head, over the batch."""
     B, T, S = *q.shape[:2], k.shape[1]
@@ -92,6 +96,7 @@ OPERATIONS: dict[str, Callable[..., float]] = {
     "matmul": _matmul,
     "matmul_add": lambda c, a, b: _matmul(a, b) + c.size,
     "packed_linear": _packed_linear,
+    "packed_linears": _packed_linears,
     "packed_linear_backward": _packed_linear,
     "attention_forward": lambda q, k, v, starts=None, **_: _forward(q, k, starts),
     "attention_backward": lambda do, q, k, v, o, lse, starts=None, **_: _backward(q, k, starts),
@@ -132,6 +137,9 @@ SIZES: dict[str, Callable[..., str]] = {
     "matmul": lambda a, b: f"{a.shape[-2]} x {a.shape[-1]} x {b.shape[-1]}",
     "matmul_add": lambda c, a, b: f"{a.shape[-2]} x {a.shape[-1]} x {b.shape[-1]}",
     "packed_linear": lambda x, w: f"{x.size // x.shape[-1]} x {w.shape[1]} x {w.shape[0]} {w.kind}",
+    "packed_linears": lambda x, ws: (
+        f"{x.size // x.shape[-1]} x {ws[0].shape[1]} x ({' + '.join(str(w.shape[0]) for w in ws)}) {ws[0].kind}"
+    ),
     "packed_linear_backward": lambda dy, w: f"{dy.size // dy.shape[-1]} x {w.shape[0]} x {w.shape[1]} {w.kind}",
     "linear_cross_entropy": lambda x, w, *_, **__: f"{x.shape[0]} x {w.shape[1]} x {w.shape[0]}",
 }

@@ -100,10 +100,12 @@ def rope(x: Any, cos: Any, sin: Any) -> Tensor:
     Raises ValueError for shapes that do not fit.
     """
     x = tensor(x)
-    return Rope.apply(x, *(_angles(angles, x.dtype) for angles in (cos, sin)))
+    return Rope.apply(x, _angles(cos, x.dtype), _angles(sin, x.dtype))
 
 
 def _angles(angles: Any, dtype: np.dtype) -> np.ndarray:
+    if isinstance(angles, np.ndarray) and angles.dtype == dtype:
+        return angles
     if not isinstance(angles, Tensor):
         return np.asarray(constant(angles, dtype))
     if angles.requires_grad:

@@ -131,10 +131,11 @@ def linear(x: Any, w: Any, b: Any = None) -> Tensor:
     """
     x, w = tensor(x), weight(w)
     b = None if b is None else tensor(b)
-    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
+    x_shape, w_shape = x.shape, w.shape
+    if not x_shape or len(w_shape) != 2 or x_shape[-1] != w_shape[1] or (b is not None and b.shape != w_shape[:1]):
         raise ValueError(
             "linear: wants x (..., I), w (O, I) and b (O,), "
-            f"got x {x.shape}, w {w.shape} and b {None if b is None else b.shape}"
+            f"got x {x_shape}, w {w_shape} and b {None if b is None else b.shape}"
         )
     return Linear.apply(x, w, b)
 

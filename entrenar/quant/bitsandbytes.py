@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from entrenar.formats import FormatError, short, strict_json
+from entrenar.kernels.memory import lasting
 from entrenar.kernels.packed import TABLES, Nested, Packed
 from entrenar.quant.blockwise import BLOCKS
 
@@ -105,7 +106,8 @@ def _read(weight: np.ndarray, parts: Arrays, shape: tuple[int, int]) -> Stored:
         wrong.append(f"quant_map is not the table of {kind}")
     if wrong:
         raise _Wrong(*wrong)
-    codes = np.array(weight).reshape(-1).view(np.uint8)
+    codes = lasting(weight.nbytes, np.uint8)
+    codes[:] = np.ascontiguousarray(weight).reshape(-1).view(np.uint8)
     if not nested:
         return Stored(Packed(kind, shape, codes, _copy(parts["absmax"]), block), state["dtype"])
     scales = Nested(_copy(parts["absmax"]), _copy(parts["nested_quant_map"]), _copy(parts["nested_absmax"]),

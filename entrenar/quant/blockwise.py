@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from entrenar import kernels
+from entrenar.kernels.memory import lasting
 from entrenar.kernels.packed import KINDS, TABLES, Packed
 from entrenar.quant.nested import nest
 
@@ -43,7 +44,7 @@ def quantize(w: Array, kind: str, *, block: int = 64, double_quant: bool = True,
     if w.ndim != 2 or not _is_float(w.dtype):
         raise ValueError(f"quantize: wanted floats of shape (O, I), got {w.dtype} {w.shape}")
     block = {"q8_0": Q8_0_BLOCK, "bfloat16": Packed.block}.get(kind, block)
-    codes = np.empty(-(-w.size // 2) if kind in TABLES else w.size, CODES[kind])
+    codes = lasting(-(-w.size // 2) if kind in TABLES else w.size, CODES[kind])
     scales = None if kind == "bfloat16" else np.empty(-(-w.size // block), np.float32)
     flat = w.reshape(-1) if w.flags.c_contiguous else w.flat  # a transposed view: as its indices run
     for start in range(0, w.size, PIECE):
