@@ -50,6 +50,26 @@ ALWAYS_INLINE vf vf_zero(void) { return (vf){0}; }
 // a * b + c, rounded once where the processor has FMA (both compilers contract one expression), twice on baseline.
 ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 
+// sum + a0 b0 + a1 b1 of each lane's pair of bfloat16, the first in the lower half. Assembly, because the intrinsic wants
+// the whole function compiled for processors that have the instruction; asking which have it is arithmetic_of's part.
+#if ENT_W == 16 && defined(__AVX512F__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define VDPBF16PS
+#endif
+#ifdef VDPBF16PS
+enum { EMULATES_PAIRS = 0 };
+ALWAYS_INLINE vf vf_add_pairs(vf sum, vf a, vf b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+#else
+enum { EMULATES_PAIRS = ENT_W == 16 };  // the build "wide"
+ALWAYS_INLINE vf vf_add_pairs(vf sum, vf a, vf b) {
+    const vu upper = (vu){0} - 0x10000u;
+    sum = vf_fma((vf)((vu)a & upper), (vf)((vu)b & upper), sum);
+    return vf_fma((vf)((vu)a << 16), (vf)((vu)b << 16), sum);
+}
+#endif
+
 // Lanes of a where the mask is set, else of b.
 ALWAYS_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
