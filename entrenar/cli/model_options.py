@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from entrenar.kernels.packed import KINDS
+from entrenar.kernels.packed import COMPUTES, KINDS
 
 if TYPE_CHECKING:
     from entrenar.cli.models import Opened
@@ -22,11 +22,14 @@ def add_model_options(add: Callable[..., Any]) -> None:
         help="an adapter to use, or off; may come again")  # fmt: skip
     add("--base", metavar="DIR", help="where the model of an adapter is now")
     add("--storage", metavar="TYPE", choices=STORAGES, help="weights as nf4, fp4, q8_0, bfloat16, float32, stored")
+    add("--compute", metavar="TYPE", choices=COMPUTES,
+        help="products with such weights: float32; or bfloat16: faster, less exact")  # fmt: skip
 
 
 def opened(args: argparse.Namespace, verb: str) -> Opened:
     """The model that was asked for, with its adapters; what is to be known of it is said on stderr."""
     from entrenar.cli.models import open_model
 
-    return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, usual="stored",
+    return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, compute=args.compute,
+                      usual="stored",
                       warn=lambda text: print(f"entrenar {verb}: {text}", file=sys.stderr))  # fmt: skip
