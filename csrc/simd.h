@@ -50,6 +50,16 @@ ALWAYS_INLINE vf vf_zero(void) { return (vf){0}; }
 // a * b + c, rounded once where the processor has FMA (both compilers contract one expression), twice on baseline.
 ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 
+// Lanes of a where the mask is set, else of b.
+ALWAYS_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+// bfloat16 is the upper half of a float32. Here it is in the lower half of each lane, rounded to the nearest, halves to
+// even; nan stays nan.
+ALWAYS_INLINE vu vf_round_bfloat16(vf x) {
+    const vu bits = (vu)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return (vu)vf_select(x == x, (vf)rounded, (vf)(bits | 0x400000u)) >> 16;
+}
+
 // sum + a0 b0 + a1 b1 of each lane's pair of bfloat16, the first in the lower half. Assembly, because the intrinsic wants
 // the whole function compiled for processors that have the instruction; asking which have it is arithmetic_of's part.
 #if ENT_W == 16 && defined(__AVX512F__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
@@ -69,9 +79,6 @@ ALWAYS_INLINE vf vf_add_pairs(vf sum, vf a, vf b) {
     return vf_fma((vf)((vu)a << 16), (vf)((vu)b << 16), sum);
 }
 #endif
-
-// Lanes of a where the mask is set, else of b.
-ALWAYS_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
 // Greater, lesser, square root. If either lane is nan the first operand is the answer, so a nan in `a` stays
 // and one in `b` is dropped. Intrinsics: compare and select is three instructions instead of one, and a loop
