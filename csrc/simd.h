@@ -60,8 +60,8 @@ ALWAYS_INLINE vu vf_round_bfloat16(vf x) {
     return (vu)vf_select(x == x, (vf)rounded, (vf)(bits | 0x400000u)) >> 16;
 }
 
-// sum + a0 b0 + a1 b1 of each lane's pair of bfloat16, the first in the lower half. Assembly, because the intrinsic wants
-// the whole function compiled for processors that have the instruction; asking which have it is arithmetic_of's part.
+// sum + a0 b0 + a1 b1 of each lane's pair of bfloat16, the first in the lower half. Assembly, because the intrinsic
+// wants the whole function compiled for processors that have it; asking which have it is arithmetic_of's part.
 #if ENT_W == 16 && defined(__AVX512F__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
 #define VDPBF16PS
 #endif

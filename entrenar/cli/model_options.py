@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from entrenar.cli.parser import told_together
 from entrenar.kernels.packed import COMPUTES, KINDS
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ def add_model_options(add: Callable[..., Any]) -> None:
     add("--adapter", metavar="[NAME=]DIR", action="append", default=[],
         help="an adapter to use, or off; may come again")  # fmt: skip
     add("--base", metavar="DIR", help="where the model of an adapter is now")
-    add("--storage", metavar="TYPE", choices=STORAGES, help="weights as nf4, fp4, q8_0, bfloat16, float32, stored")
-    add("--compute", metavar="TYPE", choices=COMPUTES,
-        help="products with such weights: float32; or bfloat16: faster, less exact")  # fmt: skip
+    told_together(
+        add("--storage", metavar="T", choices=STORAGES, help="weights: nf4, q8_0, stored, ...; products: bfloat16"),
+        add("--compute", metavar="T", choices=COMPUTES, help="products with such weights: float32, bfloat16"),
+    )
 
 
 def opened(args: argparse.Namespace, verb: str) -> Opened:
