@@ -8,6 +8,7 @@
 #include "simd.h"
 
 #include "packed.c.inc"
+#include "matmul_tile.c.inc"
 #include "matmul.c.inc"
 #include "matmul_bfloat16.c.inc"
 #include "packed_few.c.inc"

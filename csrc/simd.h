@@ -234,27 +234,72 @@ ALWAYS_INLINE vi vi_from_int8(const int8_t *p) { WIDENED(p) }
 ALWAYS_INLINE vi vi_from_uint16(const uint16_t *p) { WIDENED(p) }
 #endif
 
-// A table of 16 floats in registers, and its values at the lower 4 bits of each lane; other bits may be anything.
+// A table of 16 floats in registers, and the 32 values that 16 bytes of nibbles stand for, high nibbles first. No lane
+// is moved that need not be: in every LOOKUP_GROUP values those of even index come first, then those of odd index;
+// `vf_in_order` undoes that.
+#if ENT_W == 16
+enum { LOOKUP_GROUP = 32 };
+#else
+enum { LOOKUP_GROUP = 8 };
+#endif
+enum { LOOKUPS = 32 / W };  // vectors
 #if defined(__AVX512F__) && ENT_W == 16
 typedef vf vf_table;
 ALWAYS_INLINE vf_table vf_table_load(const float *p) { return vf_load(p); }
-ALWAYS_INLINE vf vf_lookup(vf_table t, vi i) { return (vf)_mm512_permutexvar_ps((__m512i)i, (__m512)t); }
+ALWAYS_INLINE void vf_lookup(vf v[LOOKUPS], vf_table t, const uint8_t *bytes) {  // only 4 bits of an index count
+    const vi i = vi_from_bytes(bytes);
+    v[0] = (vf)_mm512_permutexvar_ps((__m512i)(i >> 4), (__m512)t);
+    v[1] = (vf)_mm512_permutexvar_ps((__m512i)i, (__m512)t);
+}
 #elif defined(__AVX2__) && ENT_W == 8
-typedef struct { __m256 lower, upper; } vf_table;
-ALWAYS_INLINE vf_table vf_table_load(const float *p) { return (vf_table){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-ALWAYS_INLINE vf vf_lookup(vf_table t, vi i) {  // by the lower 3 bits in both halves, by the fourth between them
-    __m256 lower = _mm256_permutevar8x32_ps(t.lower, (__m256i)i), upper = _mm256_permutevar8x32_ps(t.upper, (__m256i)i);
-    return (vf)_mm256_blendv_ps(lower, upper, (__m256)(i << 28));
+// The table as four planes, one for each byte of a float: a byte shuffle looks up 32 bytes at once, where a shuffle of
+// floats knows tables of 8 only.
+typedef struct { __m256i plane[4]; } vf_table;
+ALWAYS_INLINE vf_table vf_table_load(const float *p) {
+    const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m128i q[4];
+    for (int i = 0; i < 4; i++) q[i] = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(p + 4 * i)), bytes);
+    const __m128i lower01 = _mm_unpacklo_epi32(q[0], q[1]), upper01 = _mm_unpackhi_epi32(q[0], q[1]);
+    const __m128i lower23 = _mm_unpacklo_epi32(q[2], q[3]), upper23 = _mm_unpackhi_epi32(q[2], q[3]);
+    return (vf_table){{_mm256_broadcastsi128_si256(_mm_unpacklo_epi64(lower01, lower23)),
+                       _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(lower01, lower23)),
+                       _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(upper01, upper23)),
+                       _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(upper01, upper23))}};
+}
+ALWAYS_INLINE void vf_lookup(vf v[LOOKUPS], vf_table t, const uint8_t *bytes) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+    const __m256i i = _mm256_and_si256(_mm256_srlv_epi64(twice, _mm256_setr_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
+    const __m256i b0 = _mm256_shuffle_epi8(t.plane[0], i), b1 = _mm256_shuffle_epi8(t.plane[1], i);
+    const __m256i b2 = _mm256_shuffle_epi8(t.plane[2], i), b3 = _mm256_shuffle_epi8(t.plane[3], i);
+    const __m256i lower0 = _mm256_unpacklo_epi8(b0, b1), lower2 = _mm256_unpacklo_epi8(b2, b3);
+    const __m256i upper0 = _mm256_unpackhi_epi8(b0, b1), upper2 = _mm256_unpackhi_epi8(b2, b3);
+    v[0] = (vf)_mm256_unpacklo_epi16(lower0, lower2), v[1] = (vf)_mm256_unpackhi_epi16(lower0, lower2);
+    v[2] = (vf)_mm256_unpacklo_epi16(upper0, upper2), v[3] = (vf)_mm256_unpackhi_epi16(upper0, upper2);
 }
 #else
 typedef const float *vf_table;
 ALWAYS_INLINE vf_table vf_table_load(const float *p) { return p; }
-ALWAYS_INLINE vf vf_lookup(vf_table t, vi i) {
-    float lane[ENT_W];
-    for (int l = 0; l < ENT_W; l++) lane[l] = t[i[l] & 15];
-    return vf_load(lane);
+ALWAYS_INLINE void vf_lookup(vf v[LOOKUPS], vf_table t, const uint8_t *bytes) {
+    float values[32];
+    for (int g = 0; g < 32; g += LOOKUP_GROUP)
+        for (int i = 0; i < LOOKUP_GROUP / 2; i++) {
+            const uint8_t byte = bytes[g / 2 + i];
+            values[g + i] = t[byte >> 4], values[g + LOOKUP_GROUP / 2 + i] = t[byte & 15];
+        }
+    for (int i = 0; i < LOOKUPS; i++) v[i] = vf_load(values + i * W);
 }
 #endif
+ALWAYS_INLINE void vf_in_order(vf v[LOOKUPS]) {
+#if ENT_W == 8
+#define HALVES_ZIPPED(s, j) ((j) / 2 + ((j) & 1 ? 4 : 0))
+    for (int i = 0; i < LOOKUPS; i++) v[i] = SHUFFLE(v[i], v[i], HALVES_ZIPPED, 0);
+#else
+    for (int i = 0; i < LOOKUPS; i += 2) {
+        const vf even = v[i], odd = v[i + 1];
+        v[i] = SHUFFLE(even, odd, ZIP_LOWER, 0), v[i + 1] = SHUFFLE(even, odd, ZIP_UPPER, 0);
+    }
+#endif
+}
 
 // ---- exponential and logarithm ----------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ inputs. Three decisions shape the file:
 - **The op is the node.** An op keeps what its own backward needs (`save`), next to the formulas that use it.
 - **Edges lead from op to op, or to a leaf, never to an intermediate tensor.** Only `saved` keeps activations
   alive, and each op drops its own as soon as its backward has run: memory falls during the walk by reference
-  count alone, without the cyclic collector.
+  count alone, without the cyclic collector. The output of an op that is `cheap` is not kept at all: whoever saved
+  it holds the op instead, which makes it again.
 - **Ops are numbered at birth.** An op is younger than everything it reads, so the youngest op with a pending
   gradient has all its consumers behind it: a heap of numbers replaces the topological sort, and no recursion limits
   the depth of a graph.
@@ -21,78 +22,16 @@ to Tensor by the table in `entrenar/ops/__init__.py`.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from entrenar.recording import Watcher, current_watcher, is_recording, no_grad, recorded, recording, watched  # noqa: F401
+
 births = itertools.count()  # every recorded op takes the next number
-
-
-class _Recording(threading.local):
-    def __init__(self) -> None:  # runs once in each thread
-        self.on = True
-        self.before: list[bool] = []  # what `on` was outside each no_grad this thread is inside of
-        self.watcher: Watcher | None = None
-
-
-_recording = _Recording()
-
-
-def is_recording() -> bool:
-    """Whether operations are recorded for backward() in this thread."""
-    return _recording.on
-
-
-class no_grad(contextlib.ContextDecorator):
-    """Nothing is recorded, and so nothing saved, inside `with no_grad():` or a function decorated `@no_grad()`."""
-
-    on = False
-
-    def __enter__(self) -> None:
-        _recording.before.append(_recording.on)
-        _recording.on = self.on
-
-    def __exit__(self, *error: object) -> None:
-        _recording.on = _recording.before.pop()
-
-
-class recorded(no_grad):
-    """The opposite, for what is computed again during a backward() that is called inside no_grad."""
-
-    on = True
-
-
-class Watcher(Protocol):
-    """Sees every operation of this thread, right after it was computed; what it raises ends the computation.
-
-        forward    an op, what it was given (tensors, or whatever else came positionally), and its output
-        backward   an op, the gradient of its output, and what its backward returned for its inputs
-        inside     a module (nn.py) whose forward is about to run: a context around it
-    """
-
-    def forward(self, op: Op, inputs: Sequence[Any], out: Tensor) -> None: ...
-    def backward(self, op: Op, dout: np.ndarray, grads: Any) -> None: ...
-    def inside(self, module: Any) -> contextlib.AbstractContextManager[None]: ...
-
-
-@contextlib.contextmanager
-def watched(watcher: Watcher) -> Iterator[None]:
-    """Inside, `watcher` sees every operation of this thread (instead of another one that did before)."""
-    before, _recording.watcher = _recording.watcher, watcher
-    try:
-        yield
-    finally:
-        _recording.watcher = before
-
-
-def current_watcher() -> Watcher | None:
-    """Who watches this thread's operations, if anyone."""
-    return _recording.watcher
 
 
 class Tensor:
@@ -211,7 +150,7 @@ class Op:
 
     Tensors come positionally and reach `forward` as their arrays; whatever else comes positionally (indices, Python
     numbers) is passed through and gets no gradient; constants come by keyword. An op never changes its inputs,
-    `dout` or what it saved, for others may hold the same array.
+    `dout` or what it saved, for others may hold the same array; `so_far` lends what a backward may add to.
 
         class Square(Op):
             "y = x^2"
@@ -224,12 +163,19 @@ class Op:
                 return 2 * x * dy
 
         y = Square.apply(Tensor([1.0, 2.0], requires_grad=True))
+
+    An op whose output costs no more than a pass over memory may say `cheap = True` and define again(), which makes it
+    once more, bit for bit, from what is saved: then no other op keeps that output.
     """
 
     needs: list[bool]  # which positional inputs want a gradient
     saved: Any = ()
     born = -1
     edges: list[Op | Tensor | None] | None = None
+    cheap = False
+    remade: np.ndarray | None = None  # the output of a cheap op, from its first reader's backward to its own
+    borrows = False  # whether `saved` holds cheap ops in place of their outputs
+    walk: _Walk | None = None  # while backward runs
     shape: tuple[int, ...] = ()
     dtype: np.dtype = np.dtype(np.float32)
 
@@ -243,6 +189,22 @@ class Op:
     def backward(self, dout: np.ndarray) -> Any:
         raise TypeError(f"{self.name} must define backward(self, dout)")
 
+    def again(self) -> np.ndarray:
+        raise TypeError(f"{self.name} is cheap and must define again(self)")
+
+    def input_shape(self, i: int) -> tuple[int, ...]:
+        """In a backward: of an input that wants a gradient."""
+        edge = self.edges[i] if self.edges else None
+        assert edge is not None, f"{self.name}: input {i} wants no gradient"
+        return edge.shape
+
+    def so_far(self, i: int) -> np.ndarray | None:
+        """In a backward: the sum of the gradients of input i that came before, if there is one to be added to in place.
+
+        Whoever adds its own part and returns this very array saves the walk an array and an addition.
+        """
+        return self.walk.lend(i, self.edges[i]) if self.walk and self.edges else None
+
     def save(self, *values: Any) -> None:
         """Keep for backward. Save only what it reads, and None for what `needs` shows it will not."""
         self.saved = values
@@ -250,28 +212,51 @@ class Op:
     @classmethod
     def apply(cls, *inputs: Any, **constants: Any) -> Tensor:
         """Compute, and record if any input requires a gradient; otherwise the op dies here and saves nothing."""
-        op = cls()
-        recording = _recording.on
-        op.needs = [recording and isinstance(x, Tensor) and x.requires_grad for x in inputs]
-        out = Tensor(op.forward(*[x.data if isinstance(x, Tensor) else x for x in inputs], **constants))
-        if any(op.needs):
+        op, on = cls(), recording.on
+        arrays, needs = [], []
+        for x in inputs:
+            is_tensor = isinstance(x, Tensor)
+            arrays.append(x.data if is_tensor else x)
+            needs.append(on and is_tensor and x.requires_grad)
+        op.needs = needs
+        out = Tensor(op.forward(*arrays, **constants))
+        if True in needs:
             op.record(inputs, out)
-        if _recording.watcher is not None:
-            _recording.watcher.forward(op, inputs, out)
+        if recording.watcher is not None:
+            recording.watcher.forward(op, inputs, out)
         return out
 
     def record(self, inputs: Iterable[Any], out: Tensor) -> None:
         """Make `out` the output of this op, with an edge to whatever made each input (or to the leaf itself)."""
-        self.born, self.shape, self.dtype = next(births), out.shape, out.dtype
-        self.edges = [(x.op or x) if need else None for x, need in zip(inputs, self.needs, strict=True)]
+        self.born, self.shape, self.dtype = next(births), out.data.shape, out.data.dtype
+        self.edges = []
+        for x, need in zip(inputs, self.needs, strict=True):
+            maker = x.op if need else None
+            self.edges.append(maker or (x if need else None))
+            if maker is not None and maker.cheap and not maker.borrows:
+                self.saved, self.borrows = tuple(maker if kept is x.data else kept for kept in self.saved), True
         out.op, out.requires_grad = self, True
 
-    def run_backward(self, dout: np.ndarray) -> Any:
+    def output(self) -> np.ndarray:
+        """What a cheap op made, for those that hold the op in its place."""
         if self.edges is None:
-            raise RuntimeError(
-                f"backward: the graph was already freed by an earlier backward() (at {self.name}); "
-                "compute the result again, or sum the results and call backward() once"
-            )
+            raise self.freed()
+        if self.remade is None:
+            self.remade = self.again()
+        return self.remade
+
+    def freed(self) -> RuntimeError:
+        return RuntimeError(
+            f"backward: the graph was already freed by an earlier backward() (at {self.name}); "
+            "compute the result again, or sum the results and call backward() once"
+        )
+
+    def run_backward(self, dout: np.ndarray, walk: _Walk) -> Any:
+        if self.edges is None:
+            raise self.freed()
+        self.walk, self.remade = walk, None
+        if self.borrows:
+            self.saved = tuple(kept.output() if isinstance(kept, Op) else kept for kept in self.saved)
         result = self.backward(dout)
         if len(self.needs) == 1 and not isinstance(result, (tuple, list, Tensor)):
             result = (result,)
@@ -283,7 +268,7 @@ class Op:
         return result
 
     def free(self) -> None:
-        self.saved = self.edges = None
+        self.saved = self.edges = self.walk = None
 
 
 class _Walk:
@@ -292,32 +277,45 @@ class _Walk:
     def __init__(self) -> None:
         self.heap: list[tuple[int, Op]] = []
         self.pending: dict[int, tuple[np.ndarray, bool]] = {}  # born -> (gradient, whether we may add in place)
+        self.lent: dict[int, np.ndarray] = {}  # input -> the sum of its gradients, which the running op may add to
 
     def push(self, target: Op | Tensor, grad: np.ndarray, *, fresh: bool) -> None:
         if isinstance(target, Tensor):
             _accumulate(target, grad, fresh)
         elif target.born in self.pending:
-            self.pending[target.born] = (_add(*self.pending[target.born], grad), True)
+            self.pending[target.born] = _add(*self.pending[target.born], grad, fresh), True
         else:
             self.pending[target.born] = (grad, fresh)
             heapq.heappush(self.heap, (-target.born, target))
+
+    def lend(self, i: int, edge: Op | Tensor | None) -> np.ndarray | None:
+        """The sum behind an edge, if it is in one piece and nobody else holds it."""
+        if isinstance(edge, Op):
+            total, ours = self.pending.get(edge.born, (None, False))
+        else:
+            total, ours = edge.grad if edge is not None else None, True
+        if total is None or not ours or not total.flags.carray:
+            return None
+        self.lent[i] = total
+        return total
 
     def step(self) -> None:
         """Take the youngest op, run its backward, drop what it saved, and hand its gradients on."""
         _, op = heapq.heappop(self.heap)
         dout, _ = self.pending.pop(op.born)
-        result = op.run_backward(dout)
-        if _recording.watcher is not None:
-            _recording.watcher.backward(op, dout, result)
+        result = op.run_backward(dout, self)
+        if recording.watcher is not None:
+            recording.watcher.backward(op, dout, result)
         edges, saved = op.edges or (), op.saved
         op.free()
         if isinstance(result, Tensor):  # a checkpoint, recomputed: go on through the graph it stands for
             self.push(result.op or result, dout, fresh=False)
             return
+        lent, self.lent = self.lent, {}
         for i, edge in enumerate(edges):
-            if edge is not None:
-                dx = _checked(result[i], edge, op, i)
-                self.push(edge, dx, fresh=_is_ours(dx, i, result, dout, saved))
+            if edge is not None and not (lent and result[i] is lent.get(i)):
+                dx = _checked(result[i], edge, op, i)  # of one without axes a copy costs less than the question
+                self.push(edge, dx, fresh=dx.ndim > 0 and _is_ours(dx, i, result, dout, saved))
 
 
 def _accumulate(leaf: Tensor, grad: np.ndarray, fresh: bool) -> None:
@@ -325,23 +323,32 @@ def _accumulate(leaf: Tensor, grad: np.ndarray, fresh: bool) -> None:
     if leaf.grad is None:
         leaf.grad = grad if fresh else grad.copy()
     else:
-        leaf.grad = _add(leaf.grad, True, grad)
+        leaf.grad = _add(leaf.grad, True, grad, fresh)
 
 
-def _add(total: np.ndarray, ours: bool, grad: np.ndarray) -> np.ndarray:
+def _add(total: np.ndarray, ours: bool, grad: np.ndarray, fresh: bool) -> np.ndarray:
     # 0-d sums come out of NumPy as scalars, hence asarray.
-    return np.add(total, grad, out=total) if ours and total.ndim else np.asarray(total + grad)
+    if not total.ndim:
+        return np.asarray(total + grad)
+    return np.add(total, grad, out=total if ours else grad if fresh else None)
 
 
 def _is_ours(dx: np.ndarray, i: int, result: Any, dout: np.ndarray, saved: Any) -> bool:
-    """Whether nobody else can hold `dx`: only then may later gradients be added to it in place."""
+    """Whether nobody else can hold the memory of `dx`: only then may later gradients be added to it in place."""
+    memory = _memory(dx)
     return (
-        dx.base is None
-        and dx is not dout
-        and dx.flags.writeable
-        and not any(other is dx for j, other in enumerate(result) if j != i)
-        and not any(kept is dx for kept in saved or ())
+        dx.flags.writeable
+        and memory is not _memory(dout)
+        and not any(_memory(other) is memory for j, other in enumerate(result) if j != i)
+        and not any(_memory(kept) is memory for kept in saved or ())
     )
+
+
+def _memory(array: Any) -> Any:
+    """Of a view, the array it looks into; of anything else, itself."""
+    while isinstance(array, np.ndarray) and array.base is not None:
+        array = array.base
+    return array
 
 
 def _checked(dx: Any, edge: Op | Tensor, op: Op, i: int) -> np.ndarray:
@@ -378,12 +385,13 @@ def _first_gradient(out: Tensor, dout: Any) -> np.ndarray:
 
 
 def _as_floats(data: Any) -> np.ndarray:
+    if isinstance(data, np.floating):  # what NumPy makes of arrays without axes
+        return np.asarray(data)
     if isinstance(data, Tensor):
         raise TypeError("Tensor(tensor): it is one already; use .detach() for a new leaf on the same data")
-    keeps_type = isinstance(data, (np.ndarray, np.floating))
     array = np.asarray(data)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"Tensor holds real numbers, got {array.dtype} from {type(data).__name__}")
-    if array.dtype.kind == "f" and keeps_type:
+    if array.dtype.kind == "f" and isinstance(data, np.ndarray):
         return array
     return array.astype(np.float32)

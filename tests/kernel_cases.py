@@ -501,6 +501,12 @@ def bound_embedding_backward(dw, dy, ids, rows):
     return total(ids.size) * bound
 
 
+def bound_embedding_add(result, dw, dy, ids):
+    bound = np.abs(dw)
+    np.add.at(bound, ids.reshape(-1), np.abs(dy).reshape(ids.size, dy.shape[-1]))
+    return total(ids.size + 1) * bound
+
+
 def bound_adamw_step(p1, m1, v1, p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_scale):
     m_terms = np.abs(beta1 * m) + np.abs((1 - beta1) * g * grad_scale)
     root = np.sqrt(v1 / (1 - beta2**step)) + eps
@@ -790,6 +796,16 @@ CASES = (
         empty=({"N": 0, "C": 3, "rows": 4}, {"N": 3, "C": 0, "rows": 4}),
         tails=(lambda n: {"N": 5, "C": n, "rows": 3}, lambda n: {"N": n, "C": 3, "rows": 4}),
         large={"N": 2000, "C": 96, "rows": 300},
+    ),
+    Case(
+        "embedding_add",
+        lambda rng, N, C, V: {"dw": normal(rng, V, C), "dy": normal(rng, N, C), "ids": rng.integers(0, V, N)},
+        bound_embedding_add,
+        sizes=({"N": 1, "C": 1, "V": 1}, {"N": 40, "C": 5, "V": 7}, {"N": 33, "C": 257, "V": 100}),
+        empty=({"N": 0, "C": 3, "V": 4}, {"N": 3, "C": 0, "V": 4}),
+        tails=(lambda n: {"N": 5, "C": n, "V": 3}, lambda n: {"N": n, "C": 3, "V": 4}),
+        large={"N": 2000, "C": 96, "V": 300},
+        in_place=("dw",),
     ),
     Case(
         "adamw_step",

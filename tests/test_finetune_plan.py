@@ -86,14 +86,18 @@ class Whole(FineRehearsal):
     """Counts all of the kernels' scratch memory, as tracemalloc does, and not what of it is touched."""
 
     def scratch(self, floats: int) -> None:
-        Rehearsal.scratch(self, floats)
+        self._lend(floats)
 
 
 class Forgetful(Whole):
-    """As if an adapted layer kept nothing of what goes into it."""
+    """As if the backward of swiglu did without the gate."""
 
-    def read_again(self, *layers: str) -> bool:
-        return False
+    def block(self, i, x, name, *, keep):
+        y, saved = super().block(i, x, name, keep=keep)
+        if keep:
+            self.heap.drop(saved.gate)
+            saved.gate = None
+        return y, saved
 
 
 def traced_peak(c: FineTuning) -> int:

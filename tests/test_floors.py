@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("_kernels",),  # compiled from csrc/
     ("kernels",),
+    ("recording",),
     ("tensor", "random", "state", "files", "version"),
     ("ops",),
     ("gradcheck",),
@@ -37,7 +38,8 @@ FLOORS = (
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 NEVER = {("data", "llama"), ("data", "adapters")}  # tokens do not know who reads them
 
-ENGINE = {"_kernels", "kernels", "tensor", "random", "state", "files", "ops", "gradcheck", "nn", "optim", "llama"}
+ENGINE = {"_kernels", "kernels", "recording", "tensor", "random", "state", "files", "ops", "gradcheck", "nn", "optim",
+          "llama"}  # fmt: skip
 # slow to import: at the point of use only
 LATE = {"tokenizers", "jinja2", "rich", "PIL", "ml_dtypes", "backports", "pyarrow", "shtab", "compression"}
 ELSEWHERE = {"numpy", *LATE}  # what a file may import that is neither Python's nor ours

@@ -213,6 +213,38 @@ def test_frozen_linear_keeps_no_input():
     assert not any(kept is w.data for kept in ops.linear(x, w).op.saved)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, w: ops.rms_norm(x, w[0]),
+        lambda x, w: ops.layer_norm(x, w[0], w[0]),
+        lambda x, w: ops.swiglu(x, x),
+    ],
+    ids=["rms_norm", "layer_norm", "swiglu"],
+)
+def test_what_norms_and_swiglu_make_is_kept_by_nobody_and_made_again_in_the_same_bits(make):
+    rng = np.random.default_rng(0)
+    x = Tensor(rng.standard_normal((3, 4), np.float32), requires_grad=True)
+    w = Tensor(rng.standard_normal((4, 4), np.float32), requires_grad=True)
+    h = make(x, w)
+    assert h.op.again().tobytes() == h.data.tobytes()
+    y = ops.linear(h, w)
+    assert not any(kept is h.data for kept in y.op.saved) and any(kept is h.op for kept in y.op.saved)
+
+
+def test_the_gradient_of_a_weight_is_added_to_the_one_that_is_there():
+    x, w = (Tensor(np.ones(shape, np.float32), requires_grad=True) for shape in ((3, 4), (5, 4)))
+    ops.linear(x, w).sum().backward()
+    first = w.grad
+    ops.linear(x, w).sum().backward()
+    assert w.grad is first and (first == 6).all()
+    ids, table = np.array([0, 2, 2]), Tensor(np.ones((4, 2), np.float32), requires_grad=True)
+    ops.embedding(ids, table).sum().backward()
+    first = table.grad
+    ops.embedding(ids, table).sum().backward()
+    assert table.grad is first and first[:, 0].tolist() == [2, 0, 4, 0]
+
+
 @pytest.mark.parametrize("op", [ops.mul, ops.matmul])
 def test_a_product_keeps_only_the_factor_it_needs(op):
     x, w = Tensor(np.ones((4, 4)), requires_grad=True), Tensor(np.ones((4, 4)))

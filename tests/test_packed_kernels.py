@@ -9,7 +9,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from kernel_cases import PACKED, normal, random_packed
+from kernel_cases import PACKED, bound_matmul, mismatch, normal, random_packed
 
 from entrenar import Tensor, kernels, nn, ops
 from entrenar.gradcheck import gradcheck
@@ -60,6 +60,43 @@ def test_a_product_of_many_rows_has_the_bits_of_the_decoded_matrixs(kind, isa, n
         x, dy = normal(rng, N, I), normal(rng, N, O)
         assert native.packed_linear(x, w).tobytes() == native.matmul(x, W.T).tobytes()
         assert native.packed_linear_backward(dy, w).tobytes() == native.matmul(dy, W).tobytes()
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_product_of_few_rows_is_as_exact_as_one_of_floats(kind, isa, native):
+    """Rows longer than the scales that are decoded at a time, rows of W in groups and left over, every number of x."""
+    rng = np.random.default_rng(8)
+    w = random_packed(rng, kind, 7, 4160, block=32 if kind == "q8_0" else 64)
+    W = reference.unpack(w).astype(np.float64)
+    for N in (1, 2, 3, 4, 5, 8):
+        x, dy = normal(rng, N, 4160), normal(rng, N, 7)
+        for got, (a, b) in ((native.packed_linear(x, w), (x, W.T)), (native.packed_linear_backward(dy, w), (dy, W))):
+            want = a.astype(np.float64) @ b
+            problem = mismatch(got, want, bound_matmul(want, a.astype(np.float64), b))
+            assert not problem, f"{N} rows: {problem}"
+            coarse = want * (1 + 2.0**-8)  # as of a table in bfloat16
+            assert mismatch(coarse.astype(np.float32), want, bound_matmul(want, a.astype(np.float64), b))
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_row_among_few_has_the_bits_it_has_alone(kind, isa, native):
+    rng = np.random.default_rng(10)
+    w, x = random_packed(rng, kind, 7, 192), normal(rng, 8, 192)
+    alone = np.concatenate([native.packed_linear(row[None], w) for row in x])
+    for N in range(1, 9):
+        assert native.packed_linear(x[:N], w).tobytes() == alone[:N].tobytes(), N
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_inf_and_nan_in_a_row_stay_in_its_product(kind, isa, native):
+    rng = np.random.default_rng(9)
+    w, x = random_packed(rng, kind, 6, 128), normal(rng, 3, 128)
+    plain = native.packed_linear(x, w)
+    for value in (np.inf, np.nan):
+        x[1, 70] = value
+        got = native.packed_linear(x, w)
+        assert not np.isfinite(got[1]).any()
+        assert np.delete(got, 1, 0).tobytes() == np.delete(plain, 1, 0).tobytes()
 
 
 @pytest.mark.parametrize("kind", PACKED)

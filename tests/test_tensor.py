@@ -168,6 +168,185 @@ def test_intermediate_gradients_are_summed_before_they_go_on():
     assert len(seen) == 1 and seen[0] == [6]
 
 
+# -- outputs that are made again
+
+
+class Doubled(Op):
+    """y = 2 a, which nobody keeps"""
+
+    cheap = True
+    calls = 0
+
+    def forward(self, a):
+        self.save(a)
+        return 2 * a
+
+    def again(self):
+        Doubled.calls += 1
+        return 2 * self.saved[0]
+
+    def backward(self, dy):
+        return 2 * dy
+
+
+def test_the_output_of_a_cheap_op_dies_and_is_made_again_once_for_all_who_saved_it():
+    x, y, z = leaf(3.0, 4.0), leaf(5.0, 7.0), leaf(1.0, 2.0)
+    h = Doubled.apply(x)
+    out, kept = plus(times(h, y), times(h, z)), weakref.ref(h.data)
+    del h
+    assert kept() is None
+    Doubled.calls = 0
+    out.backward(np.ones(2))
+    assert Doubled.calls == 1
+    np.testing.assert_array_equal(x.grad, 2 * (y.data + z.data))
+    np.testing.assert_array_equal(y.grad, 2 * x.data)
+    np.testing.assert_array_equal(z.grad, 2 * x.data)
+
+
+def test_an_output_made_again_is_dropped_before_its_own_ops_backward():
+    held = []
+
+    class Watched(Doubled):
+        def backward(self, dy):
+            held.append(self.remade)
+            return super().backward(dy)
+
+    x = leaf(3.0)
+    times(Watched.apply(x), x).backward(np.ones(1))
+    assert held == [None]
+
+
+def test_gradients_depend_on_what_again_makes():
+    class Wrong(Doubled):
+        def again(self):
+            return 2.001 * self.saved[0]
+
+    grads = []
+    for op in (Doubled, Wrong):
+        x, y = leaf(3.0), leaf(5.0)
+        times(op.apply(x), y).backward()
+        grads.append(y.grad)
+    assert grads[0] == [6] and grads[1] != [6]
+
+
+def test_a_chain_of_20000_cheap_ops_needs_no_recursion():
+    class Same(Op):
+        cheap = True
+
+        def forward(self, a):
+            self.save(a)
+            return a * 1
+
+        def again(self):
+            return self.saved[0] * 1
+
+        def backward(self, dy):
+            return dy
+
+    x = leaf(3.0)
+    y = x
+    for _ in range(20_000):
+        y = Same.apply(y)
+    times(y, x).backward()
+    assert x.grad == [6]
+
+
+def test_an_output_that_can_no_longer_be_made_is_a_freed_graph():
+    x, y, z = leaf(3.0), leaf(5.0), leaf(7.0)
+    h = Doubled.apply(x)
+    first, second = times(h, y), times(h, z)
+    first.backward()
+    with pytest.raises(RuntimeError, match=r"already freed by an earlier backward\(\) \(at Doubled\)"):
+        second.backward()
+
+
+# -- gradients added where they are
+
+
+class Adding(Op):
+    """y = 3 a + b, whose backward adds to what there is of a's gradient"""
+
+    lent: list = []
+
+    def forward(self, a, b):
+        return 3 * a + b
+
+    def backward(self, dy):
+        total = self.so_far(0)
+        Adding.lent.append(total)
+        if total is None:
+            return 3 * dy, dy
+        total += 3 * dy
+        return total, dy
+
+
+def test_a_backward_may_add_to_the_gradient_of_a_leaf():
+    x, b = leaf(1.0, 2.0), leaf(1.0, 1.0)
+    Adding.lent = []
+    for _ in range(3):
+        Adding.apply(x, b).backward(np.array([1.0, 10.0]))
+    np.testing.assert_array_equal(x.grad, [9, 90])
+    assert Adding.lent[0] is None and Adding.lent[1] is Adding.lent[2] is x.grad
+
+
+def test_a_backward_may_add_to_the_gradient_on_its_way_to_an_op():
+    x, b = leaf(1.0, 2.0), leaf(1.0, 1.0)
+    Adding.lent = []
+    h = times(x, x)
+    plus(Adding.apply(h, b), Adding.apply(h, b)).backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, 6 * 2 * x.data)
+    assert Adding.lent[0] is None and Adding.lent[1] is not None
+
+
+def test_an_input_that_comes_twice_is_added_to_twice():
+    x = leaf(1.0, 2.0)
+    for _ in range(2):
+        Adding.apply(x, x).backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, [8, 8])
+
+
+def test_a_gradient_that_others_hold_is_not_lent():
+    x, b, dout = leaf(1.0, 2.0), leaf(1.0, 1.0), np.ones(2)
+    Adding.lent = []
+    h = times(x, x)
+    early = Adding.apply(h, b)
+    plus(early, plus(h, b)).backward(dout)  # h's gradient is dout itself when Adding runs
+    assert Adding.lent == [None]
+    np.testing.assert_array_equal(dout, [1, 1])
+    np.testing.assert_array_equal(b.grad, [2, 2])
+
+
+def test_a_view_of_what_others_hold_is_not_added_to_in_place():
+    class Turned(Op):
+        def forward(self, a):
+            return a[::-1]
+
+        def backward(self, dy):
+            return dy[::-1]
+
+    x, b, dout = leaf(1.0, 2.0), leaf(1.0, 1.0), np.ones(2)
+    h = times(x, b)
+    plus(times(h, b), Turned.apply(h)).backward(dout)
+    np.testing.assert_array_equal(dout, [1, 1])
+    np.testing.assert_array_equal(x.grad, [2, 2])
+
+
+def test_a_view_that_only_the_walk_holds_is_added_to_in_place():
+    class Reshaped(Op):
+        def forward(self, a):
+            return a * 1
+
+        def backward(self, dy):
+            made.append((dy * 1).reshape(2, 1).reshape(2))
+            return made[-1]
+
+    made, x = [], leaf(1.0, 2.0)
+    h = times(x, x)
+    plus(times(h, h), Reshaped.apply(h)).backward(np.ones(2))
+    np.testing.assert_array_equal(made[0], [1 + 2, 1 + 2 * 4])
+    np.testing.assert_array_equal(x.grad, made[0] * 2 * x.data)
+
+
 def test_no_grad_records_and_saves_nothing():
     x = leaf(1.0)
     with no_grad():

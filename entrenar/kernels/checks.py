@@ -202,6 +202,17 @@ def embedding_backward(dy: np.ndarray, ids: np.ndarray, *, rows: int) -> np.ndar
     return indices("embedding_backward", "ids", ids, rows)
 
 
+def embedding_add(dw: np.ndarray, dy: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """dw (V, C), writable, and not in the memory of dy; dy (..., C), ids (...); returns ids as int64."""
+    if dw.ndim != 2 or dy.shape != (*np.shape(ids), dw.shape[1]):
+        raise ValueError(
+            f"embedding_add: wants dw (V, C), dy (..., C) and ids (...), got {dw.shape}, {dy.shape} and {np.shape(ids)}"
+        )
+    if not dw.flags.writeable or np.may_share_memory(dw, dy):
+        raise ValueError("embedding_add: dw changes in place: it must be writable, and not in the memory of dy")
+    return indices("embedding_add", "ids", ids, dw.shape[0])
+
+
 def adamw_step(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, *, step: int) -> None:
     """p, g, m, v of one shape, the three that change writable, no two in the same memory; a step counted from 1."""
     same_shape("adamw_step", "p g m v", p, g, m, v)

@@ -256,12 +256,20 @@ def cross_entropy_backward(dlosses: Array, logits: Array, targets: Array, lse: A
 
 
 def embedding_backward(dy: Array, ids: Array, *, rows: int) -> Array:
-    ids = checks.embedding_backward(dy, ids, rows=rows)
+    checks.embedding_backward(dy, ids, rows=rows)
     if not float32(dy):
         return reference.embedding_backward(dy, ids, rows=rows)
-    dy, ids, dw = floats(dy), ints(ids), np.zeros((rows, dy.shape[-1]), F32)
-    lib.ent_embedding_backward(at(dw), at(dy), at_ints(ids), ids.size, dy.shape[-1])
+    dw = np.zeros((rows, dy.shape[-1]), F32)
+    embedding_add(dw, dy, ids)
     return dw
+
+
+def embedding_add(dw: Array, dy: Array, ids: Array) -> None:
+    ids = checks.embedding_add(dw, dy, ids)
+    if not (dw.dtype is F32 and dw.flags.carray and float32(dy)):
+        return reference.embedding_add(dw, dy, ids)
+    dy, ids = floats(dy), ints(ids)
+    lib.ent_embedding_backward(at(dw), at(dy), at_ints(ids), ids.size, dy.shape[-1])
 
 
 def adamw_step(

@@ -29,7 +29,7 @@ __all__ = [  # the kernels, each of them also in native.py; besides, ops/element
     "rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward",
     "attention_forward", "attention_backward",
     "cross_entropy_forward", "cross_entropy_backward", "linear_cross_entropy",
-    "embedding_backward", "adamw_step", "adamw_steps", "sum_of_squares", "fma_peak",
+    "embedding_backward", "embedding_add", "adamw_step", "adamw_steps", "sum_of_squares", "fma_peak",
 ]  # fmt: skip
 
 Array = np.ndarray
@@ -411,12 +411,17 @@ def linear_cross_entropy(
 
 def embedding_backward(dy: Array, ids: Array, *, rows: int) -> Array:
     """dw[i] = sum of dy over the places where ids is i          dy (..., C)   ids (...)   dw (rows, C)"""
-    ids = checks.embedding_backward(dy, ids, rows=rows)
-    C = dy.shape[-1]
-    dw = np.zeros((rows, C), dy.dtype)
-    with silent():
-        np.add.at(dw, ids.reshape(-1), dy.reshape(ids.size, C))
+    checks.embedding_backward(dy, ids, rows=rows)
+    dw = np.zeros((rows, dy.shape[-1]), dy.dtype)
+    embedding_add(dw, dy, ids)
     return dw
+
+
+def embedding_add(dw: Array, dy: Array, ids: Array) -> None:
+    """dw[ids[n]] += dy[n], for n in order, in place          dy (..., C)   ids (...)   dw (V, C)"""
+    ids = checks.embedding_add(dw, dy, ids)
+    with silent():
+        np.add.at(dw, ids.reshape(-1), dy.reshape(ids.size, dw.shape[1]))
 
 
 # -- optimizer

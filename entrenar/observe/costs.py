@@ -111,6 +111,7 @@ OPERATIONS: dict[str, Callable[..., float]] = {
     "swiglu_forward": _each(EXP + 4),
     "swiglu_backward": _each(EXP + 10),
     "embedding_backward": _each(1),
+    "embedding_add": lambda dw, dy, ids: dy.size,
     "adamw_step": _each(16),
     "adamw_steps": lambda parameters, **_: 16 * sum(p.size for p, *_ in parameters),
     "sum_of_squares": lambda *xs: 2 * sum(x.size for x in xs),
@@ -121,6 +122,7 @@ MOVED: dict[str, Callable[..., int]] = {
     "adamw_steps": lambda parameters, **_: 7 * sum(p.nbytes for p, *_ in parameters),
     "matmul_add": lambda c, a, b: 2 * c.nbytes + a.nbytes + b.nbytes,
     # of the table only the rows that are asked for
+    "embedding_add": lambda dw, dy, ids: 3 * dy.nbytes + ids.nbytes,
     "unpack_rows": lambda ids, w: ids.size * w.shape[1] * 4 + ids.size * w.nbytes // max(1, w.shape[0]),
 }
 

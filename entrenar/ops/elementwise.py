@@ -54,13 +54,11 @@ class Add(Op):
     """z = x + y          x, y broadcast to z"""
 
     def forward(self, x, y):
-        self.save(np.shape(x), np.shape(y))
         return np.add(x, y)
 
     def backward(self, dz):
-        x_shape, y_shape = self.saved
-        dx = unbroadcast(dz, x_shape) if self.needs[0] else None
-        dy = unbroadcast(dz, y_shape) if self.needs[1] else None
+        dx = unbroadcast(dz, self.input_shape(0)) if self.needs[0] else None
+        dy = unbroadcast(dz, self.input_shape(1)) if self.needs[1] else None
         return dx, dy
 
 
@@ -68,13 +66,11 @@ class Sub(Op):
     """z = x - y          x, y broadcast to z"""
 
     def forward(self, x, y):
-        self.save(np.shape(x), np.shape(y))
         return np.subtract(x, y)
 
     def backward(self, dz):
-        x_shape, y_shape = self.saved
-        dx = unbroadcast(dz, x_shape) if self.needs[0] else None
-        dy = -unbroadcast(dz, y_shape) if self.needs[1] else None
+        dx = unbroadcast(dz, self.input_shape(0)) if self.needs[0] else None
+        dy = -unbroadcast(dz, self.input_shape(1)) if self.needs[1] else None
         return dx, dy
 
 
@@ -82,14 +78,14 @@ class Mul(Op):
     """z = x y          x, y broadcast to z"""
 
     def forward(self, x, y):
-        self.save(x if self.needs[1] else None, y if self.needs[0] else None, np.shape(x), np.shape(y))
+        self.save(x if self.needs[1] else None, y if self.needs[0] else None)
         return np.multiply(x, y)
 
     def backward(self, dz):
         # dx = y dz, dy = x dz
-        x, y, x_shape, y_shape = self.saved
-        dx = unbroadcast(dz * y, x_shape) if self.needs[0] else None
-        dy = unbroadcast(dz * x, y_shape) if self.needs[1] else None
+        x, y = self.saved
+        dx = unbroadcast(dz * y, self.input_shape(0)) if self.needs[0] else None
+        dy = unbroadcast(dz * x, self.input_shape(1)) if self.needs[1] else None
         return dx, dy
 
 
@@ -97,14 +93,14 @@ class Div(Op):
     """z = x / y          x, y broadcast to z"""
 
     def forward(self, x, y):
-        self.save(x if self.needs[1] else None, y, np.shape(x), np.shape(y))
+        self.save(x if self.needs[1] else None, y)
         return np.true_divide(x, y)
 
     def backward(self, dz):
         # dx = dz / y, dy = -x / y^2 dz
-        x, y, x_shape, y_shape = self.saved
-        dx = unbroadcast(dz / y, x_shape) if self.needs[0] else None
-        dy = unbroadcast(-dz * x / y / y, y_shape) if self.needs[1] else None
+        x, y = self.saved
+        dx = unbroadcast(dz / y, self.input_shape(0)) if self.needs[0] else None
+        dy = unbroadcast(-dz * x / y / y, self.input_shape(1)) if self.needs[1] else None
         return dx, dy
 
 
@@ -388,9 +384,14 @@ def where(condition: Any, x: Any, y: Any) -> Tensor:
 class Swiglu(Op):
     """y = silu(gate) * up          gate, up, y one shape"""
 
+    cheap = True
+
     def forward(self, gate, up):
         self.save(gate, up)
         return kernels.swiglu_forward(gate, up)
+
+    def again(self):
+        return kernels.swiglu_forward(*self.saved)
 
     def backward(self, dy):
         dgate, dup = kernels.swiglu_backward(dy, *self.saved)

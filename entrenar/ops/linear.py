@@ -56,21 +56,29 @@ def times(dy: np.ndarray, w: np.ndarray | Packed) -> np.ndarray:
     return kernels.packed_linear_backward(dy, w) if isinstance(w, Packed) else kernels.matmul(dy, w)
 
 
+def product(op: Op, i: int, a: np.ndarray, b: np.ndarray | Packed) -> np.ndarray:
+    """The gradient a b of the op's input i, in that input's shape: added to what came before it, where b is floats."""
+    if isinstance(b, Packed) or (total := op.so_far(i)) is None:
+        return times(a, b).reshape(op.input_shape(i))
+    kernels.matmul_add(rows(total), a, b)
+    return total
+
+
 class Linear(Op):
     """y = x W^T + b          x (..., I)   W (O, I)   b (O,) or None   y (..., O)"""
 
     def forward(self, x, w, b):
         # A frozen W keeps no input.
-        self.save(x if self.needs[1] else None, w if self.needs[0] else None, x.shape)
+        self.save(x if self.needs[1] else None, w if self.needs[0] else None)
         y = times_transposed(rows(x), w).reshape(*x.shape[:-1], w.shape[0])
         return y if b is None else y + b
 
     def backward(self, dy):
         # dx = dy W, dW = dy^T x and db = sum of dy over all rows
-        x, w, x_shape = self.saved
-        dx = times(rows(dy), w).reshape(x_shape) if self.needs[0] else None
-        dw = kernels.matmul(rows(dy).T, rows(x)) if self.needs[1] else None
-        db = rows(dy).sum(axis=0) if self.needs[2] else None
+        (x, w), dy = self.saved, rows(dy)
+        dx = product(self, 0, dy, w) if self.needs[0] else None
+        dw = product(self, 1, dy.T, rows(x)) if self.needs[1] else None
+        db = dy.sum(axis=0) if self.needs[2] else None
         return dx, dw, db
 
 
@@ -83,8 +91,11 @@ class Embedding(Op):
 
     def backward(self, dy):
         # dW[i] = sum of dy over the places where ids is i
-        ids, V = self.saved
-        return None, kernels.embedding_backward(dy, ids, rows=V)
+        (ids, V), total = self.saved, self.so_far(1)
+        if total is None:
+            return None, kernels.embedding_backward(dy, ids, rows=V)
+        kernels.embedding_add(total, dy, ids)
+        return None, total
 
 
 def matmul(a: Any, b: Any) -> Tensor:

@@ -59,8 +59,10 @@ class LinearCrossEntropy(Op):
         return _total(losses, weight)
 
     def backward(self, dloss):
-        (dx, dw), self.saved = self.saved, ()  # handed over, not kept: the engine may add to them in place
-        dx, dw = (d if d is None or dloss == 1 else d * dloss for d in (dx, dw))
+        (dx, dw), self.saved = self.saved, ()  # made here and handed over, not kept: they may change in place
+        for d in (dx, dw):
+            if d is not None and dloss != 1:
+                np.multiply(d, dloss, out=d)
         return dx, dw, None
 
 

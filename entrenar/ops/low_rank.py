@@ -19,7 +19,7 @@ from entrenar import kernels
 from entrenar.kernels import checks
 from entrenar.kernels.packed import Packed
 from entrenar.ops.elementwise import tensor
-from entrenar.ops.linear import rows, times, times_transposed, weight
+from entrenar.ops.linear import product, rows, times, times_transposed, weight
 from entrenar.tensor import Op, Tensor
 
 BLOCK = 1 << 20  # elements of a packed matrix that are floats at a time
@@ -33,33 +33,31 @@ class LoraLinear(Op):
     """
 
     def forward(self, x, w, b, A, B, dropped, *, scale):
-        z = rows(x if dropped is None else dropped)
-        h = kernels.matmul(z, A.T)  # (N, r)
+        z = x if dropped is None else dropped
+        h = kernels.matmul(rows(z), A.T)  # (N, r)
         y = times_transposed(rows(x), w)
         kernels.matmul_add(y, h, (B * scale).T)  # the small one is scaled, never the (N, O) one
         if b is not None:
             y += b
         need_x, _, _, need_A, need_B, need_dropped = self.needs
-        self.save(x.shape, z if need_A else None, h if need_B else None, w if need_x else None,
+        self.save(z if need_A else None, h if need_B else None, w if need_x else None,
                   A if need_x or need_dropped else None, B, dropped is None, scale)  # fmt: skip
         return y.reshape(*x.shape[:-1], w.shape[0])
 
     def backward(self, dy):
         # dh = s dy B, dA = dh^T z, dB = s dy^T h, dz = dh A, dx = dy W (+ dz where z is x)
-        x_shape, z, h, w, A, B, is_x, scale = self.saved
+        z, h, w, A, B, is_x, scale = self.saved
         need_x, _, _, need_A, need_B, need_dropped = self.needs
         dy = rows(dy)
         dh = kernels.matmul(dy, B * scale)
-        dA = kernels.matmul(dh.T, z) if need_A else None
+        dA = kernels.matmul(dh.T, rows(z)) if need_A else None
         dB = kernels.matmul(dy.T, h * scale) if need_B else None
-        dx = dz = None
+        dx = None
         if need_x:
-            dx = times(dy, w)
+            dx = product(self, 0, dy, w)
             if is_x:
-                kernels.matmul_add(dx, dh, A)
-            dx = dx.reshape(x_shape)
-        if need_dropped:
-            dz = kernels.matmul(dh, A).reshape(x_shape)
+                kernels.matmul_add(rows(dx), dh, A)
+        dz = product(self, 5, dh, A) if need_dropped else None
         return dx, None, None, dA, dB, dz
 
 
@@ -72,14 +70,14 @@ class DoraLinear(Op):
     """
 
     def forward(self, x, w, b, A, B, m, dropped, *, norm, scale):
-        z = rows(x if dropped is None else dropped)
-        h = kernels.matmul(z, A.T)
-        u = times_transposed(z, w)
+        z = x if dropped is None else dropped
+        h = kernels.matmul(rows(z), A.T)
+        u = times_transposed(rows(z), w)
         kernels.matmul_add(u, h, (B * scale).T)
         g = m / norm
         y = u * g
         if dropped is not None:
-            y += times_transposed(rows(x) - z, w)
+            y += times_transposed(rows(x - z), w)
         if b is not None:
             y += b
         need_x, _, _, need_A, need_B, need_m, need_dropped = self.needs
@@ -95,7 +93,7 @@ class DoraLinear(Op):
         dy = rows(dy)
         du = dy * g
         dh = kernels.matmul(du, B * scale)
-        dA = kernels.matmul(dh.T, z) if need_A else None
+        dA = kernels.matmul(dh.T, rows(z)) if need_A else None
         dB = kernels.matmul(du.T, h * scale) if need_B else None
         dm = _column_products(dy, u).astype(dy.dtype) / norm if need_m else None
         dx = dropped = None

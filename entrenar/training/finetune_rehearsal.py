@@ -28,8 +28,6 @@ from entrenar.training.rehearsal import (
     scratch_floats,
 )
 
-COLUMNS = 2048  # of a block of csrc/matmul.c.inc
-
 
 @dataclass(frozen=True)
 class LowRank:
@@ -79,8 +77,7 @@ class FineRehearsal(Rehearsal):
         take, drop = self.heap.take, self.heap.drop
         shapes = super().parameters()
         for name, count in self.held.items():
-            packed = len(shapes[name]) == 2 and count < FLOAT * shapes[name][0] * shapes[name][1]
-            floats = take(FORWARD, min(PIECE, math.prod(shapes[name]))) if packed else None
+            floats = take(FORWARD, min(PIECE, math.prod(shapes[name]))) if self._is_packed(name) else None
             take(WEIGHTS, -(-count // FLOAT))
             drop(floats)
         for shape in self.parameters().values():
@@ -122,12 +119,6 @@ class FineRehearsal(Rehearsal):
             drop(*kept)
         return y
 
-    def scratch(self, floats: int) -> None:
-        """Of what a product of matrices asks for, it touches as many columns as its result has."""
-        product = scratch_floats("matmul", self.threads)
-        widest = max(self.C, self.F, self.Q, self.V if floats > product else 0)
-        super().scratch(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
-
     def _loss_scratch(self) -> None:
         rows = max(1, round(self.trained * self.N))
         self.scratch(scratch_floats("linear_cross_entropy", self.threads, rows, self.C, self.V))
@@ -149,23 +140,24 @@ class FineRehearsal(Rehearsal):
             drop(take(BACKWARD, N, one.r))  # h, scaled
             dB = take(BACKWARD, one.rows, one.r)
             made = [dA, dB, *([take(BACKWARD, one.rows)] if one.dora else [])]
-        total = None
+        dx = None
         if not self._is_first(name):
-            total = take(BACKWARD, N, inputs)
+            dx = before or take(BACKWARD, N, inputs)
+            if before is not None and self._is_packed(name):
+                drop(take(BACKWARD, N, inputs))
             if one is not None and one.dropout:
                 dz = take(BACKWARD, N, inputs)
                 scaled, back = take(BACKWARD, N, inputs), take(BACKWARD, N, inputs)
-                drop(dz, scaled)
-                dx, total = total, take(BACKWARD, N, inputs)
-                drop(dx, back)
-            if before is not None:
-                dx, total = total, take(BACKWARD, N, inputs)
-                drop(before, dx)
+                drop(dz, scaled, back)
         if one is not None:
             drop(dh, du, *self.extras.pop(name))
             for part, gradient in zip("ABm", made, strict=False):
                 self._give(f"{name}.{part}", gradient)
-        return total
+        return dx
+
+    def _is_packed(self, name: str) -> bool:
+        """Whether a product with this layer's weight makes its result anew, rather than add it to another."""
+        return self.held[name] < FLOAT * math.prod(super().parameters()[name])
 
     def _is_first(self, name: str) -> bool:
         """Whether nothing below this layer wants a gradient."""

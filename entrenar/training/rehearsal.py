@@ -24,6 +24,8 @@ from entrenar.training.curve import SCALE, Curve
 from entrenar.training.heap import Array, Heap
 
 ABSURD = 1 << 40  # tokens, channels or words
+COLUMNS = 2048  # of a block of csrc/matmul.c.inc
+IMAGE_BLOCK = 1 << 22  # points: 16 MB, Pillow's
 
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "AdamW's two moments"
 LAYERS, INPUTS, BLOCK = "activations", "inputs of the blocks", "one block, computed again"
@@ -78,7 +80,6 @@ class Saved:
 
     x: Array  # held for norm 1; whoever made it drops it
     rstd1: Array
-    norm1: Array | None
     q: Array
     k: Array
     v: Array
@@ -86,10 +87,8 @@ class Saved:
     lse: Array
     middle: Array  # x + attention, held for norm 2
     rstd2: Array
-    norm2: Array | None
     gate: Array
     up: Array
-    product: Array | None
 
 
 @dataclass
@@ -175,8 +174,16 @@ class Rehearsal:
         self.heap.drop(sin, angles)
 
     def scratch(self, floats: int) -> None:
-        """A kernel wants so many; what an earlier one got stays where it suffices."""
-        if floats > self.lent_floats:
+        """A kernel wants so many; a product of matrices touches as many columns of them as its result has."""
+        product = scratch_floats("matmul", self.threads)
+        widest = max(self.C, self.F, self.Q, self.V if floats > product else 0)
+        self._lend(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
+
+    def _lend(self, floats: int) -> None:
+        """What an earlier kernel got stays where it suffices; what the reference makes goes at once."""
+        if kernels.info().backend != "native":
+            self.heap.drop(self.heap.take(SCRATCH, floats))
+        elif floats > self.lent_floats:
             before, self.lent_floats = self.lent, floats
             self.lent = self.heap.take(SCRATCH, floats + 16)
             self.heap.drop(before)
@@ -194,15 +201,14 @@ class Rehearsal:
     # ---- forward
 
     def read_again(self, *layers: str) -> bool:
-        """Whether the backward of any of these layers reads what went into it."""
+        """Whether the backward of any of these layers reads what went into it, which then is made again."""
         return True
 
     def block(self, i: int, x: Array, name: str, *, keep: bool) -> tuple[Array, Saved]:
         """A block's output and what it saved; without `keep` (nothing recorded) all of that is dropped on the way."""
         take, drop, N, C = self.heap.take, self.heap.drop, self.N, self.C
         bias = self.shape.attention_bias
-        norm1: Array | None
-        norm1, rstd1 = take(name, N, C), take(name, N)
+        norm1, rstd1 = take(FORWARD, N, C), take(name, N)
         if not keep:
             drop(rstd1)
         q_flat = self.linear(name, f"{i}.q", C, self.Q, bias=bias, keep=keep)
@@ -215,36 +221,28 @@ class Rehearsal:
         if not keep:
             drop(lse)
         out = self.linear(FORWARD, f"{i}.o", self.Q, C, bias=bias, keep=keep)
-        if not (keep and self.read_again(f"{i}.q", f"{i}.k", f"{i}.v")):
-            drop(norm1)
-            norm1 = None
+        drop(norm1)
         if not keep:
             drop(q, k, v, o)
         middle = take(name, N, C)
         drop(out)
 
-        norm2: Array | None
-        norm2, rstd2 = take(name, N, C), take(name, N)
+        norm2, rstd2 = take(FORWARD, N, C), take(name, N)
         if not keep:
             drop(rstd2)
         bias = self.shape.mlp_bias
         gate = self.linear(name, f"{i}.gate", C, self.F, bias=bias, keep=keep)
         up = self.linear(name, f"{i}.up", C, self.F, bias=bias, keep=keep)
-        product: Array | None = take(name, N, self.F)
+        product = take(FORWARD, N, self.F)
         if not keep:
             drop(gate, up)
         out = self.linear(FORWARD, f"{i}.down", self.F, C, bias=bias, keep=keep)
-        if not (keep and self.read_again(f"{i}.gate", f"{i}.up")):
-            drop(norm2)
-            norm2 = None
-        if not (keep and self.read_again(f"{i}.down")):
-            drop(product)
-            product = None
+        drop(norm2, product)
         y = take(INPUTS if self.checkpointing else name, N, C)
         drop(out)
         if not keep:
             drop(middle)
-        return y, Saved(x, rstd1, norm1, q, k, v, o, lse, middle, rstd2, norm2, gate, up, product)
+        return y, Saved(x, rstd1, q, k, v, o, lse, middle, rstd2, gate, up)
 
     def forward(self) -> tuple[list[Array], list[Saved], tuple[Array, Array, Array | None]]:
         """The blocks' inputs and the last one's output, what each saved, and what norm and loss left: rstd, dx, dw."""
@@ -284,11 +282,15 @@ class Rehearsal:
         """The picture of the curve, once everything is trained: drawn larger, then made smaller, across and down."""
         width, height = Curve.size
         peak, fullest = self.heap.peak, self.heap.at_peak
-        large = self.heap.take(PICTURE, SCALE * width, SCALE * height)  # four bytes per point
-        half, small = self.heap.take(PICTURE, width, SCALE * height), self.heap.take(PICTURE, width, height)
-        self.heap.drop(large, half, small)
+        sizes = (SCALE * width, SCALE * height), (width, SCALE * height), (width, height)
+        self.heap.drop(*[block for size in sizes for block in self._image(*size)])
         if self.heap.peak > peak:  # most of it lies where activations were: what is told is what goes beyond them
             self.heap.at_peak = fullest + Counter({PICTURE: self.heap.peak - peak})
+
+    def _image(self, width: int, height: int) -> list[Array]:
+        """As Pillow holds it: four bytes per point, some rows to a block."""
+        most = max(1, IMAGE_BLOCK // width)
+        return [self.heap.take(PICTURE, width, min(most, height - row)) for row in range(0, height, most)]
 
     def _loss_scratch(self) -> None:
         self.scratch(scratch_floats("linear_cross_entropy", self.threads, self.N, self.C, self.V))
@@ -298,7 +300,7 @@ class Rehearsal:
         return scratch_floats(which, self.threads, B, T, T, self.H, self.KH, self.D)
 
     def _drop_block(self, i: int, s: Saved) -> None:
-        self.heap.drop(s.rstd1, s.norm1, s.q, s.k, s.v, s.o, s.lse, s.middle, s.rstd2, s.norm2, s.gate, s.up, s.product)
+        self.heap.drop(s.rstd1, s.q, s.k, s.v, s.o, s.lse, s.middle, s.rstd2, s.gate, s.up)
 
     # ---- backward
 
@@ -306,14 +308,11 @@ class Rehearsal:
         """The walk of tensor.py, from the loss to the embedding."""
         take, drop, N, C = self.heap.take, self.heap.drop, self.N, self.C
         rstd, dx, dw = head
-        scaled = take(BACKWARD, N, C)  # times the loss's own gradient
-        dw_scaled = take(BACKWARD, self.V, C) if dw else None
-        drop(dx, dw)
-        if dw_scaled:
-            self._give("embed" if self.shape.tie_word_embeddings else "head", dw_scaled)
+        if dw:
+            self._give("embed" if self.shape.tie_word_embeddings else "head", dw)
         d = take(BACKWARD, N, C)
         self._norm_backward("norm")
-        drop(scaled, xs.pop(), rstd)
+        drop(dx, xs.pop(), rstd)
 
         for i in reversed(range(self.lowest, self.shape.num_hidden_layers)):
             x = xs.pop()
@@ -324,20 +323,23 @@ class Rehearsal:
                 s = saved.pop()
             d = self._block_backward(i, s, d)
         if self.embedding_is_trained:
-            self._give("embed", take(BACKWARD, self.V, C))
+            self._gradient("embed", self.V, C)
         drop(d)
 
     def _block_backward(self, i: int, s: Saved, d: Array) -> Array:
         """Back through a block, its last operation first: the gradient of its input."""
         take, drop, N, C, F = self.heap.take, self.heap.drop, self.N, self.C, self.F
+        product = take(BACKWARD, N, F) if self.read_again(f"{i}.down") else None
         dproduct = self._linear_backward(f"{i}.down", F, C, self.shape.mlp_bias)
-        drop(s.product)
+        drop(product)
         dgate, dup = take(BACKWARD, N, F), take(BACKWARD, N, F)
         drop(dproduct, s.gate, s.up)
+        norm2 = self._norm_again() if self.read_again(f"{i}.up") else None
         dnorm = self._linear_backward(f"{i}.up", C, F, self.shape.mlp_bias)
         drop(dup)
+        norm2 = norm2 or (self._norm_again() if self.read_again(f"{i}.gate") else None)
         dnorm = self._linear_backward(f"{i}.gate", C, F, self.shape.mlp_bias, before=dnorm)
-        drop(dgate, s.norm2)
+        drop(dgate, norm2)
         d = self._through_norm(f"{i}.norm2", d, dnorm, s.middle, s.rstd2)
 
         bias = self.shape.attention_bias
@@ -349,40 +351,45 @@ class Rehearsal:
         drop(dk)
         dq_flat = take(BACKWARD, N, self.Q)
         drop(dq)
-        dnorm = self._linear_backward(f"{i}.v", C, self.KV, bias)
-        drop(dv)
-        dnorm = self._linear_backward(f"{i}.k", C, self.KV, bias, before=dnorm)
-        drop(dk_flat)
-        more = self._linear_backward(f"{i}.q", C, self.Q, bias)  # added to dnorm in place
-        drop(more, dq_flat, s.norm1)
+        norm1 = dnorm = None
+        for name, width, dy in (("v", self.KV, dv), ("k", self.KV, dk_flat), ("q", self.Q, dq_flat)):
+            if norm1 is None and self.read_again(f"{i}.{name}"):
+                norm1 = self._norm_again()
+            dnorm = self._linear_backward(f"{i}.{name}", C, width, bias, before=dnorm)
+            drop(dy)
+        drop(norm1)
         return self._through_norm(f"{i}.norm1", d, dnorm, s.x, s.rstd1)
+
+    def _norm_again(self) -> Array:
+        """A norm's output, for those whose backward reads it."""
+        y, rstd = self.heap.take(BACKWARD, self.N, self.C), self.heap.take(BACKWARD, self.N)
+        self.heap.drop(rstd)
+        return y
 
     def _linear_backward(self, name: str, inputs: int, outputs: int, bias: bool,
                          before: Array | None = None) -> Array | None:  # fmt: skip
-        """dx, and dw on its way to its parameter. Where another dx came `before`, their sum is a new array."""
-        take, drop = self.heap.take, self.heap.drop
-        dx, dw = take(BACKWARD, self.N, inputs), take(BACKWARD, outputs, inputs)
-        db = take(BACKWARD, outputs) if bias else None
-        total = dx
-        if before is not None:
-            total = take(BACKWARD, self.N, inputs)
-            drop(before, dx)
-        self._give(name, dw)
-        if db is not None:
-            self._give(f"{name}.bias", db)
-        return total
+        """dx, added to what came `before` it or new, and dw on its way to its parameter."""
+        dx = before or self.heap.take(BACKWARD, self.N, inputs)
+        self._gradient(name, outputs, inputs)
+        if bias:
+            self._give(f"{name}.bias", self.heap.take(BACKWARD, outputs))
+        return dx
 
     def _norm_backward(self, name: str) -> None:
         self._give(name, self.heap.take(BACKWARD, self.C))
         self.scratch(scratch_floats("norm", self.N, self.C))
 
     def _through_norm(self, name: str, d: Array, dnorm: Array | None, x: Array, rstd: Array) -> Array:
-        """The residual stream's gradient: d, around the norm, plus what comes through it."""
+        """The residual stream's gradient: what comes through the norm, to which d is added, that went around it."""
         dx = self.heap.take(BACKWARD, self.N, self.C)
         self._norm_backward(name)
-        total = self.heap.take(BACKWARD, self.N, self.C)
-        self.heap.drop(d, dx, dnorm, x, rstd)
-        return total
+        self.heap.drop(d, dnorm, x, rstd)
+        return dx
+
+    def _gradient(self, name: str, *shape: int) -> None:
+        """A product that is added to its parameter's gradient, if there is one."""
+        if name not in self.grads:
+            self._give(name, self.heap.take(BACKWARD, *shape))
 
     def _give(self, name: str, dw: Array) -> None:
         """A parameter keeps its first gradient; later ones are added to it."""
