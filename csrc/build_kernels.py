@@ -57,7 +57,7 @@ class Prototype(NamedTuple):
 
     @property
     def arguments(self) -> str:
-        return ", ".join(re.findall(r"(\w+)\s*(?:,|$)", self.parameters))
+        return ", ".join(re.findall(r"(\w+)\s*(?:,|$)", self.parameters.replace("void", "")))
 
     def declare(self, name: str) -> str:
         return f"{self.result} {name}({self.parameters})"

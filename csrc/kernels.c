@@ -10,6 +10,7 @@
 #include "packed.c.inc"
 #include "matmul_tile.c.inc"
 #include "matmul.c.inc"
+#include "matmul_bfloat16.c.inc"
 #include "packed_few.c.inc"
 
 // ---- row kernels: softmax, norms, rope, swiglu, loss, embedding, optimizer ----

@@ -14,7 +14,7 @@
 // A frozen matrix of rows x columns in a storage format: entrenar/kernels/packed.py says which there are.
 // codes: nibbles, int8 or uint16 by kind; table: the 16 values of a nibble. Scales are `scales`, one for each `block`
 // values of the flat matrix, or, where that is NULL, nested_table[nested_codes[i]] * nested_absmax[i / nested_block]
-// + nested_offset.
+// + nested_offset. Where `bfloat16` is not 0, products of more than 8 rows round both operands to it.
 typedef struct {
     const uint8_t *codes;
     const float *table;
@@ -23,7 +23,7 @@ typedef struct {
     const float *nested_table;
     const float *nested_absmax;
     double nested_offset;
-    int64_t kind, rows, columns, block, nested_block;
+    int64_t kind, rows, columns, block, nested_block, bfloat16;
 } ent_packed;
 
 // to (rows, columns) = the floats w stands for; to (n, columns) = those of its rows rows[i] only
@@ -41,6 +41,9 @@ void ent_packed_linears(float *restrict y, const float *restrict x, const ent_pa
 int64_t ent_packed_linear_scratch(int64_t threads, int64_t N, int64_t I);
 void ent_packed_linear_backward(float *restrict dx, const float *restrict dy, const ent_packed *w,
                                 float *restrict scratch, int64_t threads, int64_t N);
+
+// Whether this instruction set multiplies bfloat16 at twice the speed of floats, on this processor.
+int64_t ent_multiplies_bfloat16(void);
 
 // c[g,m,n] = sum_k a[g,m,k] b[g,k,n], or += with `accumulate`
 // a (G, M, K), b (G, K, N) by element strides, c (G, M, N) contiguous. One of a's last two strides is 1, and one of

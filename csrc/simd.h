@@ -53,6 +53,33 @@ ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 // Lanes of a where the mask is set, else of b.
 ALWAYS_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
+// bfloat16 is the upper half of a float32. Here it is in the lower half of each lane, rounded to the nearest, halves to
+// even; nan stays nan.
+ALWAYS_INLINE vu vf_round_bfloat16(vf x) {
+    const vu bits = (vu)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return (vu)vf_select(x == x, (vf)rounded, (vf)(bits | 0x400000u)) >> 16;
+}
+
+// sum + a0 b0 + a1 b1 of each lane's pair of bfloat16, the first in the lower half. Assembly, because the intrinsic
+// wants the whole function compiled for processors that have it; asking which have it is arithmetic_of's part.
+#if ENT_W == 16 && defined(__AVX512F__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define VDPBF16PS
+#endif
+#ifdef VDPBF16PS
+enum { EMULATES_PAIRS = 0 };
+ALWAYS_INLINE vf vf_add_pairs(vf sum, vf a, vf b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+#else
+enum { EMULATES_PAIRS = ENT_W == 16 };  // the build "wide"
+ALWAYS_INLINE vf vf_add_pairs(vf sum, vf a, vf b) {
+    const vu upper = (vu){0} - 0x10000u;
+    sum = vf_fma((vf)((vu)a & upper), (vf)((vu)b & upper), sum);
+    return vf_fma((vf)((vu)a << 16), (vf)((vu)b << 16), sum);
+}
+#endif
+
 // Greater, lesser, square root. If either lane is nan the first operand is the answer, so a nan in `a` stays
 // and one in `b` is dropped. Intrinsics: compare and select is three instructions instead of one, and a loop
 // over lanes ends as W scalar branches where it is inlined (softmax of 2048 x 1024: 3.3 ms instead of 0.6).

@@ -44,7 +44,7 @@ def kernels_of(header: str) -> list[Kernel]:
     header = re.sub(r"//.*|\brestrict\b", "", header)
     found = []
     for result, name, parameters in re.findall(r"^(\w+)\s+(ent_\w+)\s*\(([^)]*)\)\s*;", header, re.MULTILINE):
-        found.append(Kernel(result, name, [parameter(text) for text in parameters.split(",")]))
+        found.append(Kernel(result, name, [parameter(text) for text in parameters.split(",") if text != "void"]))
     return found
 
 
@@ -92,7 +92,7 @@ static ent_packed *get_packed(int i) {  /* 0 for NULL; or 1, each array as size 
     }
     *w = (ent_packed){part[i][0], part[i][1], part[i][2], part[i][3], part[i][4], part[i][5]};
     get(&w->nested_offset, 8);
-    get(&w->kind, 5 * 8);
+    get(&w->kind, 6 * 8);
     return w;
 }
 
@@ -231,7 +231,7 @@ def in_bytes(w: Packed) -> bytes:
     arrays += [n.codes, n.table, n.absmax] if n else [None] * 3
     parts = [struct.pack("q", -1) if a is None else struct.pack("q", a.nbytes) + a.tobytes() for a in arrays]
     offset, outer = (np.float32(n.offset), n.block) if n else (0, 0)
-    numbers = struct.pack("d5q", offset, KINDS.index(w.kind), *w.shape, w.block, outer)
+    numbers = struct.pack("d6q", offset, KINDS.index(w.kind), *w.shape, w.block, outer, w.compute == "bfloat16")
     return struct.pack("q", 1) + b"".join(parts) + numbers
 
 

@@ -15,7 +15,8 @@ import subprocess
 import foreign
 import numpy as np
 import pytest
-from kernel_cases import CASES, ROUNDINGS, check, normal, rounding_mismatch
+from kernel_cases import CASES, PACKED, ROUNDINGS, check, mismatch, normal, random_packed, rounding_mismatch
+from test_bfloat16_arithmetic import SHAPES, exact, in_bfloat16, inputs, product
 
 from entrenar.kernels import reference
 
@@ -91,6 +92,16 @@ def test_products_of_every_layout(other, native):
         for left in (a, np.ascontiguousarray(a.T).T):
             for right in (b, np.ascontiguousarray(b.T).T):
                 check(native, reference, CASES[0], {"a": left, "b": right})
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_products_in_bfloat16(kind, direction, other, native):
+    rng = np.random.default_rng(5)
+    for N, O, I in SHAPES:
+        w = in_bfloat16(random_packed(rng, kind, O, I))
+        x = inputs(rng, direction, N, w)
+        assert not mismatch(product(native, direction)(x, w), *exact(direction, x, w)), (N, O, I)
 
 
 def test_extreme_values_go_where_the_formula_takes_them(other, native):

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", help="text, JSONL, folder, pattern; -: stdin")
     add = parser.add_argument
     add_model_options(add)
-    add("--chat", action="store_true", help="conversations: what their answers cost, as in fine-tuning")
+    add("--chat", action="store_true", help="conversations: what their answers cost")
     add("--context", metavar="N", type=int, help="tokens per window (default: as it was trained)")
     add("--overlap", metavar="SHARE", type=float, default=0.5, help="of a window that was read before (default 0.5)")
     add("--batch-size", metavar="N", type=int, help=f"windows at once (default: about {TOKENS:,} tokens)")

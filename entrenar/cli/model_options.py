@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from entrenar.kernels.packed import KINDS
+from entrenar.cli.parser import told_together
+from entrenar.kernels.packed import COMPUTES, KINDS
 
 if TYPE_CHECKING:
     from entrenar.cli.models import Opened
@@ -21,12 +22,16 @@ def add_model_options(add: Callable[..., Any]) -> None:
     add("--adapter", metavar="[NAME=]DIR", action="append", default=[],
         help="an adapter to use, or off; may come again")  # fmt: skip
     add("--base", metavar="DIR", help="where the model of an adapter is now")
-    add("--storage", metavar="TYPE", choices=STORAGES, help="weights as nf4, fp4, q8_0, bfloat16, float32, stored")
+    told_together(
+        add("--storage", metavar="T", choices=STORAGES, help="weights: nf4, q8_0, stored, ...; products: bfloat16"),
+        add("--compute", metavar="T", choices=COMPUTES, help="products with such weights: float32, bfloat16"),
+    )
 
 
 def opened(args: argparse.Namespace, verb: str) -> Opened:
     """The model that was asked for, with its adapters; what is to be known of it is said on stderr."""
     from entrenar.cli.models import open_model
 
-    return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, usual="stored",
+    return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, compute=args.compute,
+                      usual="stored",
                       warn=lambda text: print(f"entrenar {verb}: {text}", file=sys.stderr))  # fmt: skip

@@ -71,13 +71,15 @@ class Opened:
 
 
 def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Sequence[str] = (),
-               base: str | None = None, storage: str | None = None, usual: str | None = None) -> Opened:  # fmt: skip
+               base: str | None = None, storage: str | None = None, compute: str | None = None,
+               usual: str | None = None) -> Opened:  # fmt: skip
     """Read model, tokenizer and adapters; a checkpoint's files are compared with their hashes first.
 
     adapters   "FOLDER", "NAME=FOLDER", or "off" for the model alone; none: the model as `path` says
     base       where the model of the adapter `path` is
     storage    how to hold the weights; None: as the run of the first adapter held them, else as `usual` says (None: as
                float32)
+    compute    the arithmetic of products with weights in a storage format; None: float32
     warn       is told of each newer checkpoint of a run that is broken and was passed over, and of a base that is
                another than the adapter was trained on
 
@@ -86,7 +88,7 @@ def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Se
     """
     path = Path(path).expanduser()
     if path.is_file():
-        return _open_file(path, adapters, base, storage)
+        return _open_file(path, adapters, base, storage, compute)
     folder, own = find_folder(path, warn=warn), []
     if is_adapter(folder):
         own, folder = [Given(named_after(path), folder)], find_folder(base_of(folder, base), warn=warn)
@@ -100,7 +102,7 @@ def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Se
         if one not in own:
             the_same(one.folder, folder, warn)
     how = {} if storage or is_quantized(folder) or not asked.adapters else held_as(asked.adapters[0].folder)
-    model = Llama.from_pretrained(folder, **{"storage": storage or usual, **how})
+    model = Llama.from_pretrained(folder, compute=compute or "float32", **{"storage": storage or usual, **how})
     tokenizer = _tokenizer(folder, asked.adapters, model, warn)
     _must_match(path, tokenizer, model)
     for one in asked.adapters:
@@ -113,9 +115,11 @@ def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Se
     return opened
 
 
-def _open_file(path: Path, adapters: Sequence[str], base: str | None, storage: str | None) -> Opened:
+def _open_file(path: Path, adapters: Sequence[str], base: str | None, storage: str | None,
+               compute: str | None) -> Opened:  # fmt: skip
     """A llama2.c file; texts of its kind end where the next begins."""
-    for option, value in (("--adapter", next(iter(adapters), None)), ("--base", base), ("--storage", storage)):
+    for option, value in (("--adapter", next(iter(adapters), None)), ("--base", base), ("--storage", storage),
+                          ("--compute", compute)):  # fmt: skip
         if value is not None and path.suffix == ".bin":
             raise CommandLineError(
                 f"{option} {value}: is for a model in Hugging Face's layout, not for the llama2.c file {path}; "

@@ -59,7 +59,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help of 80 columns; descriptions and examples keep their lines."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
-        super().__init__(prog, **({"width": WIDTH, "max_help_position": 26} | settings))
+        super().__init__(prog, **({"width": WIDTH, "max_help_position": 28} | settings))
 
     def add_argument(self, action: argparse.Action) -> None:
         if not getattr(action, "told_beside", False):

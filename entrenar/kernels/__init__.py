@@ -31,6 +31,7 @@ class Info:
     threads: int
     openmp: bool
     why: str
+    bfloat16: bool = False      # whether products of bfloat16 (Packed.compute) are faster than float32's
 
 
 HOW = ("To get them, install gcc or clang and reinstall "
@@ -88,4 +89,5 @@ def info() -> Info:
     """What runs here and why."""
     if backend is reference:
         return Info("reference", "numpy", (), get_num_threads(), False, why)
-    return Info("native", backend.isa(), tuple(available_isas()), get_num_threads(), backend.OPENMP, why)
+    return Info("native", backend.isa(), tuple(available_isas()), get_num_threads(), backend.OPENMP, why,
+                backend.multiplies_bfloat16())

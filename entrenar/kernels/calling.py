@@ -123,6 +123,11 @@ def isa() -> str:
     return COMPILED[lib.ent_isa()]
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the instruction set in use multiplies bfloat16 faster than floats, on this processor."""
+    return bool(lib.ent_multiplies_bfloat16())
+
+
 def set_num_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"set_num_threads: wanted 1 or more, got {n}")

@@ -31,6 +31,7 @@ from entrenar.kernels.calling import (  # noqa: F401 (what kernels/__init__.py a
     ints,
     isa,
     lib,
+    multiplies_bfloat16,
     rows,
     scratch,
     set_num_threads,

@@ -34,6 +34,7 @@ def describe(w: Packed):
     made.table = at(TABLES.get(w.kind, NO_TABLE))
     made.kind, made.block = KINDS.index(w.kind), w.block
     made.rows, made.columns = w.shape
+    made.bfloat16 = w.compute == "bfloat16"
     if isinstance(w.scales, Nested):
         n = w.scales
         made.nested_codes = ffi.from_buffer(BYTES, n.codes)

@@ -30,6 +30,8 @@ _FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float64) / 12
 FP4 = np.concatenate([_FP4, 0.0 - _FP4]).astype(np.float32)  # code 8 is +0
 TABLES = {"nf4": NF4, "fp4": FP4}
 KINDS = ("nf4", "fp4", "q8_0", "bfloat16")
+COMPUTES = ("float32", "bfloat16")
+FEW_ROWS = 8  # products of so many rows wait for memory whatever the arithmetic: they stay float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +58,15 @@ class Nested:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A frozen matrix W (O, I) in a storage format; it computes as float32.
+    """A frozen matrix W (O, I) in a storage format.
 
     kind     one of KINDS
     codes    nf4, fp4: uint8 (ceil(O I / 2),), the first value in the high nibble; q8_0: int8 (O I,);
              bfloat16: uint16 (O I,)
     scales   float32 (ceil(O I / block),), or Nested with as many; none for bfloat16
     block    values to a scale, a multiple of 2
+    compute  the arithmetic of its products: float32, or bfloat16: those of more than FEW_ROWS rows round both operands
+             to bfloat16 and add in float32. Results are float32 either way
 
     Raises ValueError for arrays that do not fit the shape: kernels trust a Packed that exists.
     """
@@ -72,6 +76,7 @@ class Packed:
     codes: np.ndarray
     scales: np.ndarray | Nested | None = None
     block: int = 64
+    compute: str = "float32"
 
     def __post_init__(self) -> None:
         if wrong := self._problems():
@@ -95,6 +100,8 @@ class Packed:
             return [f"wanted one of the kinds {', '.join(KINDS)}"]
         if len(self.shape) != 2 or min(self.shape) < 0:
             return ["wanted a shape (O, I)"]
+        if self.compute not in COMPUTES:
+            return [f"compute = {self.compute!r}: wanted one of {', '.join(COMPUTES)}"]
         wanted = {"nf4": np.uint8, "fp4": np.uint8, "q8_0": np.int8, "bfloat16": np.uint16}[self.kind]
         count = -(-self.size // 2) if self.kind in TABLES else self.size
         wrong = _array_problems("codes", self.codes, wanted, count)

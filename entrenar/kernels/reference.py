@@ -390,9 +390,8 @@ def linear_cross_entropy(
     Rows whose target is ignored are left out from the start.
     """
     targets = checks.linear_cross_entropy(x, w, targets, ignore_index=ignore_index, need_dw=need_dw)
-    w = unpack(w).astype(x.dtype) if isinstance(w, Packed) else w
     kept, V = np.flatnonzero(targets != ignore_index), w.shape[0]
-    dtype = np.result_type(x, w)
+    dtype = x.dtype if isinstance(w, Packed) else np.result_type(x, w)
     losses = np.zeros(x.shape[0], dtype)
     dx = np.zeros(x.shape, dtype) if need_dx else None
     dw = np.zeros(w.shape, dtype) if need_dw else None
@@ -400,14 +399,14 @@ def linear_cross_entropy(
     size = max(1, LOGITS_AT_ONCE // max(V, 1))
     for start in range(0, len(kept), size):
         rows = kept[start : start + size]
-        logits = matmul(x[rows], w.T)  # (size, V)
+        logits = packed_linear(x[rows], w) if isinstance(w, Packed) else matmul(x[rows], w.T)  # (size, V)
         losses[rows], lse = cross_entropy_forward(logits, targets[rows], ignore_index=ignore_index)
         if not (need_dx or need_dw):
             continue
         dlosses = np.full(lse.shape, scale, dtype)
         dlogits = cross_entropy_backward(dlosses, logits, targets[rows], lse, ignore_index=ignore_index)
         if dx is not None:
-            dx[rows] = matmul(dlogits, w)
+            dx[rows] = packed_linear_backward(dlogits, w) if isinstance(w, Packed) else matmul(dlogits, w)
         if dw is not None:
             dw += matmul(dlogits.T, x[rows])
     return losses, dx, dw

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from entrenar.kernels import checks
-from entrenar.kernels.packed import TABLES, Nested, Packed
+from entrenar.kernels.packed import FEW_ROWS, TABLES, Nested, Packed
+from entrenar.kernels.reference_quantize import round_bfloat16
 
 Array = np.ndarray
 
@@ -47,11 +48,30 @@ def _values(w: Packed, places: Array) -> Array:
     return values * unpack_scales(w)[places // w.block]
 
 
+def rounded(x: Array) -> Array:
+    """x, of any shape, with each number rounded to bfloat16 (by way of float32), as its own type."""
+    halves = round_bfloat16(np.ascontiguousarray(x, np.float32).reshape(-1))
+    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(x.shape).astype(x.dtype)
+
+
+def operands(x: Array, w: Packed) -> tuple[Array, Array]:
+    """x and W as a product of `w` multiplies them, both of x's type.
+
+    In bfloat16 both are rounded, W after its scale; products of such numbers are exact in float32, and so are sums but
+    for float32's own rounding, in whatever order. (Instructions of the processor may take denormal numbers as 0.)
+    """
+    W = unpack(w)
+    if w.compute == "bfloat16" and len(x) > FEW_ROWS:
+        x, W = rounded(x), rounded(W)
+    return x, W.astype(x.dtype)
+
+
 def packed_linear(x: Array, w: Packed) -> Array:
     """y = x W^T          x (N, I)   W (O, I)   y (N, O)"""
     checks.packed("packed_linear", x, w, 1)
     with np.errstate(all="ignore"):
-        return x @ unpack(w).astype(x.dtype).T
+        x, W = operands(x, w)
+        return x @ W.T
 
 
 def packed_linears(x: Array, ws: Sequence[Packed]) -> list[Array]:
@@ -63,4 +83,5 @@ def packed_linear_backward(dy: Array, w: Packed) -> Array:
     """dx = dy W          dy (N, O)   W (O, I)   dx (N, I)"""
     checks.packed("packed_linear_backward", dy, w, 0)
     with np.errstate(all="ignore"):
-        return dy @ unpack(w).astype(dy.dtype)
+        dy, W = operands(dy, w)
+        return dy @ W

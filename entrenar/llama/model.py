@@ -170,13 +170,13 @@ class Llama(Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, storage: str | None = None, double_quant: bool = True,
-                        dtype: Any = np.float32, checkpointing: bool = False,
+                        compute: str = "float32", dtype: Any = np.float32, checkpointing: bool = False,
                         allow_nonfinite: bool = False) -> Llama:  # fmt: skip
         """The model in a folder in Hugging Face's layout; see `entrenar/llama/pretrained.py`."""
         from entrenar.llama.pretrained import from_pretrained  # which is made of this class
 
-        return from_pretrained(folder, storage=storage, double_quant=double_quant, dtype=dtype,
-                               checkpointing=checkpointing, allow_nonfinite=allow_nonfinite)  # fmt: skip
+        return from_pretrained(folder, storage=storage, double_quant=double_quant, compute=compute,
+                               dtype=dtype, checkpointing=checkpointing, allow_nonfinite=allow_nonfinite)  # fmt: skip
 
     def save_pretrained(self, folder: str | Path, *, dtype: str = "float32", max_shard_size: int = 5 * 10**9,
                         tokenizer: Saveable | None = None) -> Path:  # fmt: skip

@@ -6,6 +6,7 @@ transformers leave them alone too), norms and biases are float32.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 from entrenar import kernels
 from entrenar.formats import FormatError, safetensors, short
 from entrenar.formats.safetensors import SafeTensors
-from entrenar.kernels.packed import KINDS, TABLES, Nested, Packed
+from entrenar.kernels.packed import COMPUTES, KINDS, TABLES, Nested, Packed
 from entrenar.llama.model import Llama
 from entrenar.nn import Module
 from entrenar.quant import QuantizeError, bitsandbytes, quantize
@@ -45,6 +46,17 @@ def storage_of(values: Mapping[str, Any], storage: str | None, where: str) -> st
     return "stored"
 
 
+def check_compute(compute: str, storage: str | None) -> None:
+    """Raise ValueError for an arithmetic that is none, or not one of weights kept so."""
+    if compute not in COMPUTES:
+        raise ValueError(f"from_pretrained: compute = {compute!r}: wanted one of {', '.join(COMPUTES)}")
+    if compute != "float32" and storage in (None, "float32"):
+        raise ValueError(
+            f"from_pretrained: compute = {compute!r} is for frozen weights in a storage format; give storage too: "
+            f"stored, {', '.join(KINDS)}"
+        )
+
+
 def states_of(values: Mapping[str, Any], files: Mapping[str, SafeTensors], where: str) -> dict[str, list[str]]:
     """The weights that bitsandbytes quantized, with the parts of each."""
     states = bitsandbytes.parts_of(files)
@@ -58,8 +70,9 @@ def states_of(values: Mapping[str, Any], files: Mapping[str, SafeTensors], where
 
 
 def fill_frozen(model: Llama, own: Mapping[str, Tensor], files: Mapping[str, SafeTensors], states: Mapping[str, Any], *,
-                storage: str, double_quant: bool, where: str) -> Iterator[str]:  # fmt: skip
+                storage: str, double_quant: bool, compute: str, where: str) -> Iterator[str]:  # fmt: skip
     """Give every weight its place, those of `states` as bitsandbytes has them; yield what cannot be. Freezes all."""
+    packed = 0
     for name, tensor in own.items():
         assert len(tensor.shape) <= 2
         used = [name, *(f"{name}.{part}" for part in states.get(name, ()))]
@@ -72,8 +85,12 @@ def fill_frozen(model: Llama, own: Mapping[str, Tensor], files: Mapping[str, Saf
         finally:
             for each in used:
                 files[each].release(each)
+        if isinstance(weight, Packed):
+            weight, packed = dataclasses.replace(weight, compute=compute), packed + 1
         place(model, name, weight)
     model.freeze()
+    if compute != "float32" and not packed:
+        yield f"its files hold floats, whose products are float32, not {compute}; storage = bfloat16 keeps them so"
 
 
 def _frozen(name: str, tensor: Tensor, arrays: Mapping[str, np.ndarray], storage: str, double_quant: bool,

@@ -30,6 +30,7 @@ from entrenar.llama.packed import (
     HEAD,
     STORED,
     Group,
+    check_compute,
     fill_frozen,
     groups_of,
     quantization_of,
@@ -81,7 +82,7 @@ def config_values(folder: str | Path) -> dict[str, Any]:
 
 
 def from_pretrained(folder: str | Path, *, storage: str | None = None, double_quant: bool = True,
-                    dtype: Any = np.float32, checkpointing: bool = False,
+                    compute: str = "float32", dtype: Any = np.float32, checkpointing: bool = False,
                     allow_nonfinite: bool = False) -> Llama:  # fmt: skip
     """The model in a folder, its weights converted to `dtype`; or frozen, in a storage format.
 
@@ -92,6 +93,8 @@ def from_pretrained(folder: str | Path, *, storage: str | None = None, double_qu
                       blocks are kept as "nf4", "fp4", "q8_0", "bfloat16", or "stored": as the file has them (float32
                       where that is not bfloat16). A folder that bitsandbytes quantized is read as it is, frozen.
     double_quant      nf4, fp4: the scales in 8 bits
+    compute           the arithmetic of products with weights in a storage format: "float32", or "bfloat16", which
+                      rounds both operands and adds in float32: twice as fast where the processor has AVX512_BF16
     allow_nonfinite   read weights that hold NaN or infinity too (to look for where they came from); not in a format
     Raises FormatError: with everything in the configuration that makes it another model; with every tensor that is
     missing, unexpected or misshapen; with every one that is not finite.
@@ -99,6 +102,7 @@ def from_pretrained(folder: str | Path, *, storage: str | None = None, double_qu
     folder, values = Path(folder), config_values(folder)
     config = LlamaConfig.from_dict(values, where=str(folder / CONFIG))
     frozen = storage_of(values, storage, str(folder / CONFIG))
+    check_compute(compute, frozen)
     if frozen is not None and np.dtype(dtype) != np.float32:
         raise ValueError(f"from_pretrained: weights stored as {storage or frozen} compute as float32, not {dtype}")
     with contextlib.ExitStack() as opened:
@@ -112,7 +116,7 @@ def from_pretrained(folder: str | Path, *, storage: str | None = None, double_qu
         if frozen is None:
             wrong = list(_fill(own, files))
         elif wrong := list(fill_frozen(model, own, files, states, storage=frozen, double_quant=double_quant,
-                                       where=str(folder))):  # fmt: skip
+                                       compute=compute, where=str(folder))):  # fmt: skip
             raise _refusal(folder, f"cannot be kept as {frozen}", wrong)
     if wrong and not allow_nonfinite:
         raise _refusal(folder, f"not finite as {np.dtype(dtype)} (allow_nonfinite=True reads them)", wrong)

@@ -113,6 +113,9 @@ def about(config: FineTuning, model: Llama) -> Iterator[str]:
     weights: list[Any] = [w for _, w in model.named_packed()] + [tensor.data for _, tensor in model._named_tensors()]
     held = sum({id(weight): weight.nbytes for weight in weights}.values())
     stored = f", held as {config.base.storage}" if config.base.storage != "auto" else ""
+    if config.base.compute != "float32":
+        slow = "" if kernels.info().bfloat16 else ", no faster on this processor"
+        stored += f", products in {config.base.compute}{slow}"
     yield (
         f"base     {name_of(config.base.model)}: {shape.parameter_count():,} parameters in {shape.num_hidden_layers} "
         f"layers of {shape.hidden_size}{stored}, {size(held)}"
@@ -146,6 +149,7 @@ def base_model(config: FineTuning) -> Llama:
     """The base, its weights held as base.storage says; all trained where that is what is asked for."""
     storage = None if config.adapter.kind == FULL else config.base.how
     return Llama.from_pretrained(config.base.folder, storage=storage, double_quant=config.base.double_quant,
+                                 compute=config.base.compute if storage else "float32",
                                  checkpointing=config.training.activation_checkpointing)  # fmt: skip
 
 

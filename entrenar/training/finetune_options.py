@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+from entrenar.kernels.packed import COMPUTES
 from entrenar.llama.pretrained import read_config as read_shape
 from entrenar.training.option import Places, Sections, option
 from entrenar.training.options import Checkpointing, LearningRate, Loop, loop_contradictions
@@ -34,6 +35,11 @@ class Base:
         choices=STORAGES,
     )
     double_quant: bool = option(True, "nf4 and fp4: hold the blocks' scales in 8 bits too")
+    compute: str = option(
+        "float32",
+        "products with the frozen weights; bfloat16: both operands rounded, twice as fast where doctor says so",
+        choices=COMPUTES,
+    )
 
     @property
     def folder(self) -> Path:
@@ -178,6 +184,11 @@ class FineTuning(Sections):
             problems.append(
                 f"{at('base.storage')}: weights that are trained are float32; wanted auto or float32 with "
                 "adapter.kind = full, or adapter.kind = lora"
+            )
+        if self.base.compute != "float32" and (full or self.base.storage == "float32"):
+            problems.append(
+                f"{at('base.compute')}: {self.base.compute} is for frozen weights in a storage format; wanted "
+                "another base.storage than float32 and another adapter.kind than full, or base.compute = float32"
             )
         if full and self.adapter.modules_to_save:
             problems.append(f"{at('adapter.modules_to_save')}: adapter.kind = full trains all modules; leave it empty")
