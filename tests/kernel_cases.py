@@ -617,6 +617,9 @@ def attention_case(
             qkv(1, 130, 131, 2, 1, 48),
             qkv(1, 64, 128, 2, 2, 64),
             qkv(1, 33, 33, 1, 1, 257),
+            qkv(2, 8, 531, 6, 2, 24),  # generation: some of the queries see a third piece of the keys, some do not
+            qkv(1, 1, 600, 3, 3, 20),
+            qkv(1, 4, 300, 16, 8, 64),  # keys so far apart that they crowd one set of the cache
             qkv(2, 50, 50, 2, 1, 17, documents=1),
             qkv(3, 7, 7, 2, 2, 5, documents=3),
             qkv(2, 201, 201, 4, 2, 16, documents=4),
