@@ -29,7 +29,7 @@ FLAGS = ("-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  #
 class Parameter(NamedTuple):
     """One parameter of a kernel."""
 
-    kind: str  # "pointer", "packed" (to an ent_packed), "float" (float or double) or "int"
+    kind: str  # "pointer", "packed" (to an ent_packed), "float" (float or double), "int", or one of LISTS
     name: str
     const: bool
 
@@ -48,8 +48,17 @@ def kernels_of(header: str) -> list[Kernel]:
     return found
 
 
+# Lists of arrays, of packed matrices, of what AdamW moves: "arrays", "matrices", "parameters"
+LISTS = {
+    "const float *const *": "arrays",
+    "const ent_packed *const *": "matrices",
+    "ent_adamw_parameter *": "parameters",
+}
+KINDS_OF_C = LISTS | {"ent_packed *": "packed", "*": "pointer", "int64_t": "int", "": "float"}  # the first that fits
+
+
 def parameter(text: str) -> Parameter:
-    kind = "packed" if "ent_packed" in text else "pointer" if "*" in text else "int" if "int64_t" in text else "float"
+    kind = next(kind for words, kind in KINDS_OF_C.items() if words in text)
     return Parameter(kind, re.findall(r"\w+", text)[-1], "const" in text)
 
 
@@ -76,24 +85,69 @@ static void get_array(int i, int filled) {          /* size or -1 for NULL, offs
     pointer[i] = size[i] < 0 ? 0 : (char *)block[i] + offset;
 }
 
-enum { ARRAYS = 6 };
-static ent_packed matrix_of[LONGEST];
-static void *part[LONGEST][ARRAYS];
+/* What lists and structs point to lives until the call is over. */
+enum { KEPT = 1024, LISTED = 64 };
+static void *kept[KEPT];
+static int keeping;
 
-static ent_packed *get_packed(int i) {  /* 0 for NULL; or 1, each array as size (-1: NULL) and bytes, numbers */
-    int64_t given, bytes;
-    ent_packed *w = &matrix_of[i];
+static void *get_kept(void) {  /* size or -1 for NULL, bytes */
+    int64_t bytes;
+    get(&bytes, 8);
+    if (bytes < 0) return 0;
+    if (keeping == KEPT) exit(4);
+    void *p = kept[keeping++] = aligned_alloc_exactly(bytes);
+    get(p, bytes);
+    return p;
+}
+
+static int64_t get_count(void) {
+    int64_t count;
+    get(&count, 8);
+    if (count < 0 || count > LISTED) exit(5);
+    return count;
+}
+
+static ent_packed *get_packed(ent_packed *w) {  /* 0 for NULL; or 1, arrays, numbers */
+    int64_t given;
     get(&given, 8);
     if (!given) return 0;
-    for (int n = 0; n < ARRAYS; n++) {
-        get(&bytes, 8);
-        part[i][n] = bytes < 0 ? 0 : aligned_alloc_exactly(bytes);
-        if (bytes > 0) get(part[i][n], bytes);
-    }
-    *w = (ent_packed){part[i][0], part[i][1], part[i][2], part[i][3], part[i][4], part[i][5]};
+    w->codes = get_kept(), w->table = get_kept(), w->scales = get_kept();
+    w->nested_codes = get_kept(), w->nested_table = get_kept(), w->nested_absmax = get_kept();
     get(&w->nested_offset, 8);
     get(&w->kind, 6 * 8);
     return w;
+}
+
+static ent_packed matrix_of[LISTED];
+static const ent_packed *matrices[LISTED];
+static const float *arrays[LISTED];
+static ent_adamw_parameter parameters[LISTED];
+static int64_t listed;
+
+static void get_matrices(void) {
+    listed = get_count();
+    for (int64_t n = 0; n < listed; n++) matrices[n] = get_packed(&matrix_of[n]);
+}
+
+static void get_arrays(void) {
+    listed = get_count();
+    for (int64_t n = 0; n < listed; n++) arrays[n] = get_kept();
+}
+
+static void get_parameters(void) {
+    listed = get_count();
+    for (int64_t n = 0; n < listed; n++) {
+        ent_adamw_parameter *x = &parameters[n];
+        x->p = get_kept(), x->m = get_kept(), x->v = get_kept(), x->g = get_kept();
+        get(&x->decay, 8), get(&x->n, 8);
+    }
+}
+
+static void put_parameters(void) {
+    for (int64_t n = 0; n < listed; n++) {
+        ent_adamw_parameter *x = &parameters[n];
+        put(x->p, 4 * x->n), put(x->m, 4 * x->n), put(x->v, 4 * x->n);
+    }
 }
 
 int main(void) {
@@ -106,8 +160,7 @@ int main(void) {
         }
         fflush(stdout);
         for (int i = 0; i < LONGEST; i++) { release(block[i]); block[i] = 0; }
-        for (int i = 0; i < LONGEST; i++)
-            for (int n = 0; n < ARRAYS; n++) { release(part[i][n]); part[i][n] = 0; }
+        while (keeping) release(kept[--keeping]);
     }
 }
 """
@@ -134,8 +187,12 @@ def driver(kernels: list[Kernel]) -> str:
                 if not const and name != "scratch":
                     put.append(f"if (size[{i}] > 0) put(block[{i}], size[{i}]);")
             elif kind == "packed":
-                get.append(f"pointer[{i}] = get_packed({i});")
+                get.append(f"pointer[{i}] = get_packed(&matrix_of[0]);")
                 call.append(f"pointer[{i}]")
+            elif kind in LISTS.values():
+                get.append(f"get_{kind}();")
+                call.append(kind)
+                put += ["put_parameters();"] if kind == "parameters" else []
             elif kind == "int":
                 get.append(f"get(&whole[{i}], 8);")
                 call.append(f"whole[{i}]")
@@ -146,7 +203,7 @@ def driver(kernels: list[Kernel]) -> str:
         lines = [*get, f"{assign}{kernel.name}({', '.join(call)});", "put(&result, 8);", *put, "break;"]
         cases.append(f"        case {number}:\n            " + "\n            ".join(lines))
     text = DRIVER % {"cases": "\n".join(cases)}
-    return text.replace("static void get_array", MEMORY + "\nstatic void get_array")
+    return text.replace("static void get_array", MEMORY + "\nstatic void get_array", 1)
 
 
 def compile_driver(compiler: str, folder: Path, *flags: str) -> Path:
@@ -189,9 +246,15 @@ class Foreign:
                 message.append(struct.pack("d", value))
             elif kind == "packed":
                 message.append(struct.pack("q", 0) if value is None else in_bytes(value))
+            elif kind in LISTS.values():
+                message.append(struct.pack("q", len(value)))
+                message += [IN_BYTES[kind](each) for each in value]
+                if kind == "parameters":
+                    changed += [(array.ctypes.data, array.nbytes) for p, m, v, *_ in value for array in (p, m, v)]
             elif value is None:
                 message.append(struct.pack("qq", -1, 0))
             else:
+                value = np.array(value, np.int64) if isinstance(value, list) else value
                 low, high = np.lib.array_utils.byte_bounds(value) if value.size else (value.ctypes.data,) * 2
                 message.append(struct.pack("qq", high - low, value.ctypes.data - low))
                 if name != "scratch":
@@ -224,15 +287,28 @@ class Foreign:
         self.process.stderr.close()
 
 
+def array_bytes(array: np.ndarray | None) -> bytes:
+    """An array as the driver's get_kept reads it."""
+    return struct.pack("q", -1) if array is None else struct.pack("q", array.nbytes) + array.tobytes()
+
+
 def in_bytes(w: Packed) -> bytes:
     """A packed matrix as the driver's get_packed reads it."""
     n = w.scales if isinstance(w.scales, Nested) else None
     arrays = [w.codes, TABLES.get(w.kind, native_packed.NO_TABLE), None if n else w.scales]
     arrays += [n.codes, n.table, n.absmax] if n else [None] * 3
-    parts = [struct.pack("q", -1) if a is None else struct.pack("q", a.nbytes) + a.tobytes() for a in arrays]
     offset, outer = (np.float32(n.offset), n.block) if n else (0, 0)
     numbers = struct.pack("d6q", offset, KINDS.index(w.kind), *w.shape, w.block, outer, w.compute == "bfloat16")
-    return struct.pack("q", 1) + b"".join(parts) + numbers
+    return struct.pack("q", 1) + b"".join(map(array_bytes, arrays)) + numbers
+
+
+def parameter_bytes(parameter: tuple) -> bytes:
+    """What AdamW moves as the driver's get_parameters reads it."""
+    *arrays, decay, n = parameter
+    return b"".join(map(array_bytes, arrays)) + struct.pack("dq", decay, n)
+
+
+IN_BYTES = {"arrays": array_bytes, "matrices": in_bytes, "parameters": parameter_bytes}
 
 
 class ArraysForPointers:
@@ -245,8 +321,8 @@ class ArraysForPointers:
         return array
 
     @staticmethod
-    def new(kind: str, values: Any) -> np.ndarray:
-        return np.array(values, np.int64)
+    def new(kind: str, values: list) -> list:
+        return values
 
 
 def attach(native: Any, foreign: Foreign, monkeypatch: Any) -> None:
