@@ -21,7 +21,7 @@ from entrenar.examples.memory_measure import Measurement
 from entrenar.examples.memory_picture import Bar, picture, table
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.nn import unfilled
-from entrenar.quant import quantize
+from entrenar.quant import bitsandbytes, blockwise, quantize
 from entrenar.training import machine
 
 SHAPE = LlamaConfig(vocab_size=1100, hidden_size=192, intermediate_size=448, num_hidden_layers=4,
@@ -101,8 +101,11 @@ def said(case: Case) -> int:
 
 @pytest.fixture
 def small(monkeypatch):
-    """124m is something small for once; all of the kernels' scratch counts: tracemalloc sees not what is touched."""
+    """124m is something small for once. All of the kernels' scratch counts, and codes lie alone, not in a piece of
+    which a part is free: tracemalloc sees not what is touched."""
     monkeypatch.setitem(memory_arithmetic.SHAPES, "124m", SHAPE)
+    for module in (blockwise, bitsandbytes):
+        monkeypatch.setattr(module, "lasting", np.empty)
     monkeypatch.setattr(memory_arithmetic.Rehearsal, "scratch", memory_arithmetic.Rehearsal._lend)
 
 
