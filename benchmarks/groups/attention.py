@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.arrays import normal
 from benchmarks.driver import Bench, Times
+from benchmarks.groups import machine
 from benchmarks.groups.ops import Operation, entrenar_case, torch_case
 from benchmarks.protocol import Case, peak_memory
 from benchmarks.report import Row, Target
@@ -86,7 +87,12 @@ def with_torch_repeated(**sizes: int) -> Case:
     return torch_case(operation(Shape(**sizes), repeat=True))
 
 
-CONTENDERS = {"entrenar": with_entrenar, "torch": with_torch, "torch-repeated": with_torch_repeated}
+CONTENDERS = {
+    "entrenar": with_entrenar,
+    "torch": with_torch,
+    "torch-repeated": with_torch_repeated,
+    "product": machine.multiplying,
+}
 
 
 def growth_of_memory(T: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import time
@@ -46,6 +47,18 @@ def copying(**_: Any) -> Case:
     parts = list(zip(np.array_split(source, threads), np.array_split(np.empty_like(source), threads), strict=True))
     pool = ThreadPoolExecutor(threads)  # NumPy copies without the lock
     return Case(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
+
+
+PRODUCT = 1024, 768, 3072  # rows, depth and columns of a product
+
+
+def multiplying(**_: Any) -> Case:
+    """NumPy's product of the 124m model's up_proj: a contender that others take turns with, for what the processor
+    gives at that moment. Neighbours change that, too.
+    """
+    N, I, O = PRODUCT
+    x, w, y = np.ones((N, I), np.float32), np.ones((I, O), np.float32), np.empty((N, O), np.float32)
+    return Case(lambda: np.matmul(x, w, out=y))
 
 
 def bandwidth() -> float:
@@ -105,6 +118,12 @@ def shares(times: Times, moved: float) -> Spread:
     """Of the bandwidth, in percent, taken by a contender that moves so many bytes and took turns with "copy"."""
     both = zip(times.seconds["entrenar"], times.seconds["copy"], strict=True)
     return Spread.of(100 * (moved / ours) / (COPIED / copy) for ours, copy in both)
+
+
+def beside_product(times: Times, flops: float) -> Spread:
+    """FLOP/s of a contender that does so many FLOPs, over those of "product", with which it took turns."""
+    both = zip(times.seconds["entrenar"], times.seconds["product"], strict=True)
+    return Spread.of((flops / ours) / (2 * math.prod(PRODUCT) / product) for ours, product in both)
 
 
 def moving(bench: Any) -> dict[str, Any]:

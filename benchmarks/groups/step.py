@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.driver import Bench
-from benchmarks.groups import training
+from benchmarks.groups import machine, training
 from benchmarks.protocol import Case
 from benchmarks.report import Row, Target
 from benchmarks.spread import Spread
@@ -94,7 +94,12 @@ def compile_model(llama: Any) -> Any:
     return torch.compile(llama)
 
 
-CONTENDERS = {"entrenar": with_entrenar, EAGER: with_torch, COMPILED: partial(with_torch, compiled=True)}
+CONTENDERS = {
+    "entrenar": with_entrenar,
+    EAGER: with_torch,
+    COMPILED: partial(with_torch, compiled=True),
+    "product": machine.multiplying,
+}
 
 
 def batches(model: str, batch: int, context: int) -> list[Any]:
