@@ -8,12 +8,13 @@ measured again, up to TRIES times in all, and the best counts: a neighbour's noi
 time. On another kind of machine shares of the machine say nothing; speeds over peers are compared, with MORE_TOLERANCE.
 
 Ends with 0 where nothing got slower, 1 with a line for each ratio that did, 2 without results to compare with, 3 where
-others kept the processors so busy that a low ratio may be theirs.
+others kept the processors so busy that a low ratio may be theirs, or every low one moved too much from round to round.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from benchmarks.report import NOISE, Report, Row, named, number
 TOLERANCE, MORE_TOLERANCE = 0.10, 0.30
 TRIES = 3
 ROUNDS = 5
+RESTLESS = 1.2  # highest over lowest round, of a ratio that says nothing
 STOLEN = 0.02  # of the processors, by other machines on the same host, while ratios were measured
 SAME = ("cpu", "cores", "threads", "isa", "backend")
 FINE, SLOWER, NOTHING, UNSURE = 0, 1, 2, 3
@@ -37,13 +39,17 @@ Guard = Callable[[Bench], Iterable[Row]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A ratio: the best of what was measured, against the committed one."""
+    """A ratio: the best of what was measured, against the committed one.
+
+    calmest   the highest over the lowest round, in the try where these were nearest to each other
+    """
 
     row: Row
     best: float
     tries: int
     committed: float
     tolerance: float
+    calmest: float
 
     @property
     def slower(self) -> bool:
@@ -69,9 +75,10 @@ def judged(bench: Bench, measure: Guard, committed: dict[str, float], tolerance:
     for tries in range(1, TRIES + 1):
         for row in measure(bench):
             if row.measured is not None and row.name in committed:
-                before = verdicts[row.name].best if row.name in verdicts else 0.0
-                best = max(before, row.measured.median)
-                verdicts[row.name] = Verdict(row, best, tries, committed[row.name], tolerance)
+                before, measured = verdicts.get(row.name), row.measured
+                best = max(before.best if before else 0.0, measured.median)
+                calmest = min(before.calmest if before else math.inf, measured.high / max(measured.low, 1e-9))
+                verdicts[row.name] = Verdict(row, best, tries, committed[row.name], tolerance, calmest)
         if not any(verdict.slower for verdict in verdicts.values()):
             break
         if tries < TRIES:
@@ -101,8 +108,13 @@ def check(bench: Bench, committed: Report, guards: Sequence[Guard] = guard.GUARD
             verdicts.append(verdict)
     if missing := [name for name in ratios if name not in {verdict.row.name for verdict in verdicts}]:
         say(f"Not compared: {', '.join(missing)}" + (f" ({bench.torch_missing})" if bench.torch_missing else ""))
-    if not any(verdict.slower for verdict in verdicts):
+    slower = [verdict for verdict in verdicts if verdict.slower]
+    if not slower:
         return FINE
+    if all(verdict.calmest > RESTLESS for verdict in slower):
+        least = min(verdict.calmest for verdict in slower) - 1
+        say(f"They moved by {least:.0%} and more from round to round: try again when it is calm.")
+        return UNSURE
     taken = machine.share_stolen(before, machine.stolen())
     if taken >= STOLEN:
         say(f"Other machines on this one's host took {taken:.0%} of the processors: try again when they do not.")

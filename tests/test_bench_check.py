@@ -106,6 +106,17 @@ def test_low_ratios_while_the_host_gives_its_processors_away_are_not_called_regr
     assert status == check.UNSURE and "took 5% of the processors" in lines[-1]
 
 
+def test_a_low_ratio_that_moves_from_round_to_round_is_not_called_a_regression(bench):
+    def moving(low, high):
+        return lambda bench: [Row("guard", ratio(0).name, "x", Spread(0.9, low, high))]
+
+    status, lines = run(bench, committed(ratio(1.2)), moving(0.7, 1.1))
+    assert status == check.UNSURE and "moved by 57% and more" in lines[-1]
+    assert run(bench, committed(ratio(1.2)), moving(0.85, 0.95))[0] == check.SLOWER
+    both = moving(0.7, 1.1), guard_of(0.9, 0.9, 0.9, name="calm")
+    assert run(bench, committed(ratio(1.2), ratio(1.2, "calm")), *both)[0] == check.SLOWER
+
+
 def test_on_another_machine_speeds_over_peers_are_compared_with_more_room(bench):
     report = committed(ratio(1.2), ratio(88.0, "share of the peak", "%"), cpu="another CPU")
     guards = guard_of(0.9), guard_of(10.0, name="share of the peak", unit="%")
