@@ -35,8 +35,7 @@ class CrossEntropy(Op):
         dlogits = kernels.cross_entropy_backward(
             dlosses, rows(logits), targets, lse, ignore_index=ignore_index
         )
-        # A view, as reshape makes it, would count as someone else's, and be copied.
-        return (dlogits if logits.ndim == 2 else dlogits.reshape(logits.shape)), None
+        return dlogits.reshape(logits.shape), None
 
 
 class LinearCrossEntropy(Op):

@@ -54,13 +54,8 @@ def begin(config: FineTuning, run: Path, display: Display, *, force: bool) -> tu
         data = examples(config, run, display)
         planned = make_plan(config, shape, length_of(config, data)).accepted(display, force=force)
         failed.pop_all()
-    kernels.keep_freed_memory()
-    random.seed(config.training.seed)
     display.doing("reading the model")
-    model = base_model(config)
-    if config.adapter.kind != FULL:
-        adapt(model, lora_config(config))
-    return task(config, data, model), planned
+    return task(config, data, new_model(config)), planned
 
 
 def go_on(config: FineTuning, run: Path, saved: Saved, display: Display, *,
@@ -143,6 +138,16 @@ def base_shape(config: FineTuning) -> LlamaConfig:
             f"{shape.max_position_embeddings}"
         )
     return shape
+
+
+def new_model(config: FineTuning) -> Llama:
+    """The base before the first step, with what is trained beside it."""
+    kernels.keep_freed_memory()
+    random.seed(config.training.seed)
+    model = base_model(config)
+    if config.adapter.kind != FULL:
+        adapt(model, lora_config(config))
+    return model
 
 
 def base_model(config: FineTuning) -> Llama:

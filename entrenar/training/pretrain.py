@@ -39,14 +39,7 @@ def begin(config: Config, run: Path, display: Display, *, force: bool) -> tuple[
     shape = shape or config.llama(data.tokenizer.vocab_size, data.tokenizer.end_id)
     planned = must_fit(config, shape, data, display, force=force)
     TextTask.check(config, data)  # before the model takes its time
-    kernels.keep_freed_memory()
-    random.seed(config.training.seed)
-    recompute = config.training.activation_checkpointing
-    if config.training.start_from:
-        model = Llama.from_pretrained(folder_of(config), checkpointing=recompute)
-    else:
-        model = Llama(shape, checkpointing=recompute)
-    return TextTask(config, data, model), planned
+    return TextTask(config, data, new_model(config, shape)), planned
 
 
 def go_on(config: Config, run: Path, saved: Saved, display: Display, *,
@@ -57,6 +50,16 @@ def go_on(config: Config, run: Path, saved: Saved, display: Display, *,
     planned = must_fit(config, checkpoint.config, data, display, force=force)
     kernels.keep_freed_memory()
     return TextTask(config, data, checkpoint.model(checkpointing=config.training.activation_checkpointing)), planned
+
+
+def new_model(config: Config, shape: LlamaConfig) -> Llama:
+    """The model before its first step: of this shape, or the one that training.start_from names."""
+    kernels.keep_freed_memory()
+    random.seed(config.training.seed)
+    recompute = config.training.activation_checkpointing
+    if config.training.start_from:
+        return Llama.from_pretrained(folder_of(config), checkpointing=recompute)
+    return Llama(shape, checkpointing=recompute)
 
 
 def folder_of(config: Config) -> Path:

@@ -9,25 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entrenar import kernels, optim, random
-from entrenar.adapters import adapt
+from entrenar import optim
 from entrenar.data import Batch
 from entrenar.llama import Llama
 from entrenar.observe.profile import Profile
 from entrenar.training import finetune, pretrain
-from entrenar.training.adapter import lora_config, trial
+from entrenar.training.adapter import trial
 from entrenar.training.config import FineTuning, Run
-from entrenar.training.finetune_options import FULL
 from entrenar.training.plan import expected_shape
-from entrenar.training.trainer import accumulate_gradients
+from entrenar.training.trainer import accumulate_gradients, optimizer_of
 
 
 @dataclass
 class Step:
-    """One optimizer step, again and again.
-
-    batch, context   sequences in all micro-batches together, and tokens of each
-    """
+    """One optimizer step, again and again on the same micro-batches."""
 
     model: Llama
     optimizer: optim.AdamW
@@ -50,27 +45,17 @@ class Step:
 
 def step_of(config: Run) -> Step:
     """Build it. Raises ConfigError and FormatError where the configuration or the model it names cannot be used."""
-    kernels.keep_freed_memory()
-    random.seed(config.training.seed)
     if isinstance(config, FineTuning):
         shape = finetune.base_shape(config)
         config = config.fitting(shape.max_position_embeddings)
         trial(config, shape)
-        model, context = finetune.base_model(config), config.data.longest
-        if config.adapter.kind != FULL:
-            adapt(model, lora_config(config))
+        model, context = finetune.new_model(config), config.data.longest
     else:
-        recompute, context = config.training.activation_checkpointing, config.training.context
-        if config.training.start_from:
-            pretrain.pretrained_shape(config)
-            model = Llama.from_pretrained(pretrain.folder_of(config), checkpointing=recompute)
-        else:
-            model = Llama(expected_shape(config), checkpointing=recompute)
+        shape = pretrain.pretrained_shape(config) or expected_shape(config)
+        model, context = pretrain.new_model(config, shape), config.training.context
     t = config.training
-    optimizer = optim.AdamW(model.named_parameters(), lr=config.lr_schedule.peak, betas=(t.beta1, t.beta2), eps=t.eps,
-                            weight_decay=t.weight_decay)  # fmt: skip
-    batches = [_batch(number, t.batch_size, context, model.config.vocab_size) for number in range(t.accumulation)]
-    return Step(model, optimizer, t.clip_norm, batches)
+    batches = [_batch(number, t.batch_size, context, shape.vocab_size) for number in range(t.accumulation)]
+    return Step(model, optimizer_of(config, model), t.clip_norm, batches)
 
 
 def _batch(seed: int, batch: int, context: int, vocabulary: int) -> Batch:

@@ -56,6 +56,13 @@ def accumulate_gradients(model: Llama, micro_batches: Sequence[Batch]) -> tuple[
     return total / max(1, tokens), tokens
 
 
+def optimizer_of(config: Config | FineTuning, model: Llama) -> optim.AdamW:
+    """AdamW over all that the model trains, as the configuration says."""
+    t = config.training
+    return optim.AdamW(model.named_parameters(), lr=config.lr_schedule.peak, betas=(t.beta1, t.beta2), eps=t.eps,
+                       weight_decay=t.weight_decay)  # fmt: skip
+
+
 @dataclass
 class Trainer:
     """One run of one task, into one folder, which it makes.
@@ -72,15 +79,9 @@ class Trainer:
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        t, lr = self.config.training, self.config.lr_schedule
+        t = self.config.training
         self.model = self.task.model
-        self.optimizer = optim.AdamW(
-            self.model.named_parameters(),
-            lr=lr.peak,
-            betas=(t.beta1, t.beta2),
-            eps=t.eps,
-            weight_decay=t.weight_decay,
-        )
+        self.optimizer = optimizer_of(self.config, self.model)
         self.step, self.steps = 0, self.task.steps  # a budget moves `steps`
         self.tokens_seen = 0
         self.best: HeldOut | None = None
