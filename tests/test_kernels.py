@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -107,8 +108,39 @@ def test_freed_memory_is_kept_as_far_as_the_c_library_allows(most, kept, monkeyp
             return 1
 
     monkeypatch.setattr(memory.ctypes, "CDLL", Library)
+    monkeypatch.setattr(memory, "_ask_for_huge_pages", lambda libc: None)
     assert kernels.keep_freed_memory() == (kept is not None)
     assert settings.get(memory.M_MMAP_THRESHOLD) == kept
+
+
+WHERE_A_MEGABYTE_LIES = """
+import sys
+import numpy as np
+from entrenar import kernels
+kept = kernels.keep_freed_memory() if "keep" in sys.argv else None
+array = np.ones(1 << 18, np.float32)
+address, inside = array.ctypes.data, False
+for line in open("/proc/self/smaps"):
+    first, _, rest = line.partition(" ")
+    if "-" in first:
+        start, end = (int(edge, 16) for edge in first.split("-"))
+        inside = start <= address < end
+    elif inside and first == "VmFlags:":
+        print(kept, "hg" in rest.split())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="the kernel has no huge pages")
+@pytest.mark.parametrize("argument", ["keep", "leave"])
+def test_kept_memory_lies_in_huge_pages(argument):
+    done = subprocess.run([sys.executable, "-c", WHERE_A_MEGABYTE_LIES, argument], capture_output=True, text=True)
+    kept, huge = done.stdout.split()
+    if argument == "leave":
+        assert (kept, huge) == ("None", "False")
+    elif kept == "False":
+        pytest.skip("the C library has no such switch")
+    else:
+        assert huge == "True"
 
 
 # Sizes
