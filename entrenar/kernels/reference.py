@@ -1,12 +1,12 @@
-"""Every kernel in plain NumPy: the specification of the C kernels, their test oracle, and their fallback.
+"""Every kernel in plain NumPy: the specification of the C kernels, their test oracle, and their fallback. Attention,
+softmax, packed matrices and quantizing stand in files of their own, and are kernels here.
 
 Written for the reader, not for speed: a kernel is its formula. It takes any float type, answers in it,
 changes no input (except the optimizer's step, whose purpose that is) and returns fresh arrays. inf and nan go
 where the formula takes them, silently; empty arrays are fine. Left out: threads and blocking, which C has.
 """
 
-# B batch, T time, S key/value length, C channels, H heads, KH key/value heads, D head dim, V vocabulary
-# N rows (tokens)
+# B batch, T time, C channels, H heads, D head dim, V vocabulary, N rows (tokens)
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from entrenar.kernels import checks
 from entrenar.kernels.packed import Packed
+from entrenar.kernels.reference_attention import attention_backward, attention_forward
 from entrenar.kernels.reference_packed import (
     packed_linear,
     packed_linear_backward,
@@ -25,6 +26,14 @@ from entrenar.kernels.reference_packed import (
     unpack_rows,
 )
 from entrenar.kernels.reference_quantize import quantize_4bit, quantize_q8_0, round_bfloat16
+from entrenar.kernels.reference_softmax import (
+    log_softmax_backward,
+    log_softmax_forward,
+    log_sum_exp,
+    silent,
+    softmax_backward,
+    softmax_forward,
+)
 
 __all__ = [  # the kernels, each of them also in native.py; besides, ops/elementwise.py reads sigmoid and erf
     "matmul", "matmul_add",
@@ -44,11 +53,6 @@ SUM_BLOCK = 4096  # sum_of_squares adds up blocks of so many numbers
 LOGITS_AT_ONCE = 1024 * 1024  # linear_cross_entropy holds at most so many logits (4 MB of float32)
 
 
-def silent() -> np.errstate:
-    """Inside, inf and nan arise without NumPy's warnings, as they do in C."""
-    return np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore")
-
-
 # -- matrices
 
 
@@ -64,62 +68,6 @@ def matmul_add(c: Array, a: Array, b: Array) -> None:
     checks.matmul_add(c, a, b)
     with silent():
         c += np.matmul(a, b)
-
-
-# -- softmax
-
-
-def softmax_forward(x: Array) -> Array:
-    """y_i = exp(x_i) / sum_j exp(x_j), over the last axis          x, y (..., C)
-
-    The greatest x is subtracted first, so that no exp overflows. A row of -inf only is zeros.
-    """
-    checks.rows("softmax", x)
-    with silent():
-        e = np.exp(x - _shift(x))
-        total = e.sum(axis=-1, keepdims=True)
-        return e / np.where(total == 0, 1, total)
-
-
-def softmax_backward(dy: Array, y: Array) -> Array:
-    """dx = y * (dy - sum(dy * y))          dy, y, dx (..., C)"""
-    # dy_i/dx_j = y_i (1[i = j] - y_j): dx_j = y_j dy_j - y_j sum_i dy_i y_i
-    checks.rows("softmax_backward", y)
-    checks.same_shape("softmax_backward", "dy y", dy, y)
-    with silent():
-        return y * (dy - (dy * y).sum(axis=-1, keepdims=True))
-
-
-def log_softmax_forward(x: Array) -> Array:
-    """y_i = x_i - log sum_j exp(x_j), over the last axis          x, y (..., C)
-
-    The logarithm of softmax_forward; so a row of -inf only stays -inf.
-    """
-    checks.rows("log_softmax", x)
-    with silent():
-        shifted = x - _shift(x)
-        total = np.exp(shifted).sum(axis=-1, keepdims=True)
-        return shifted - np.log(np.where(total == 0, 1, total))
-
-
-def log_softmax_backward(dy: Array, y: Array) -> Array:
-    """dx = dy - exp(y) * sum(dy)          dy, y, dx (..., C)"""
-    checks.rows("log_softmax_backward", y)
-    checks.same_shape("log_softmax_backward", "dy y", dy, y)
-    with silent():
-        return dy - np.exp(y) * dy.sum(axis=-1, keepdims=True)
-
-
-def _shift(x: Array) -> Array:
-    """The greatest of each row, (..., 1); 0 where that is -inf, for -inf - -inf is nan."""
-    greatest = x.max(axis=-1, keepdims=True, initial=-np.inf)
-    return np.where(greatest == -np.inf, 0, greatest)
-
-
-def _log_sum_exp(x: Array) -> Array:
-    """log sum_j exp(x_j)          x (..., C) -> (...)"""
-    shift = _shift(x)
-    return (np.log(np.exp(x - shift).sum(axis=-1, keepdims=True)) + shift)[..., 0]
 
 
 # -- norms
@@ -267,84 +215,6 @@ _ERFC_Q = [1.0, 1.57449261107098347e1, 1.17693950891312499e2, 5.3718110186200985
 _ERFC_Q += [3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3, 1.23033935480374942e3]
 
 
-# -- attention
-
-
-def attention_forward(
-    q: Array, k: Array, v: Array, starts: Array | None = None, *, scale: float
-) -> tuple[Array, Array]:
-    """o_t = sum_s p_ts v_s,   p_ts = exp(z_ts - lse_t),   z_ts = scale * q_t k_s,   lse_t = log sum exp z_t
-
-    q, o (B, T, H, D)   k, v (B, S, KH, D)   lse (B, H, T)   starts (B, T) or None
-    Sums are over s <= t + S - T: the last query sees all S keys. Query head h reads kv head h // (H/KH).
-    Where a row is several documents (S = T), starts[b, t] is the first token of t's, and s >= starts[b, t] besides.
-    This naive form stores the T x S scores, and multiplies hidden ones by 0; C does neither.
-    Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", 2023; lse kept for backward: Dao et al., 2022.
-    """
-    checks.attention("attention", q, k, v)
-    starts = checks.documents("attention", starts, q, k)
-    with silent():
-        scores = _masked_scores(q, k, starts, scale)  # (B, KH, G, T, S)
-        lse = _log_sum_exp(scores)
-        p = np.exp(scores - lse[..., None])
-        o = np.matmul(p, _per_head(v))  # (B, KH, G, T, D)
-        return _join_heads(o, q.shape), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
-
-
-def attention_backward(
-    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, starts: Array | None = None, *, scale: float
-) -> tuple[Array, Array, Array]:
-    """dv = p^T do,   ds = p * (do v^T - sum(do * o)),   dq = scale * ds k,   dk = scale * ds^T q
-
-    with p = exp(scores - lse)
-    do, o, dq like q (B, T, H, D)   dk, dv like k (B, S, KH, D)   lse (B, H, T)   starts (B, T) or None
-    """
-    # softmax: ds = p (dp - sum_s dp p), and sum_s dp_ts p_ts = do_t . sum_s p_ts v_s = do_t . o_t
-    checks.attention_backward("attention_backward", do, q, k, v, o, lse)
-    starts, KH = checks.documents("attention_backward", starts, q, k), k.shape[2]
-    with silent():
-        scores = _masked_scores(q, k, starts, scale)
-        p = np.exp(scores - lse.reshape(scores.shape[:-1])[..., None])
-        do, o, q_heads = _group_heads(do, KH), _group_heads(o, KH), _group_heads(q, KH)
-        ds = p * (np.matmul(do, _per_head(v).swapaxes(-1, -2)) - (do * o).sum(axis=-1, keepdims=True))
-
-        dq = np.matmul(ds, _per_head(k)) * scale  # (B, KH, G, T, D)
-        # A group shares its key and value, and its queries' gradients add up: (B, KH, S, D).
-        dk = np.matmul(ds.swapaxes(-1, -2), q_heads).sum(axis=2) * scale
-        dv = np.matmul(p.swapaxes(-1, -2), do).sum(axis=2)
-        return _join_heads(dq, q.shape), _fresh(dk.swapaxes(1, 2)), _fresh(dv.swapaxes(1, 2))
-
-
-def _masked_scores(q: Array, k: Array, starts: Array | None, scale: float) -> Array:
-    """scale * q k^T, -inf where s > t + S - T or s < starts          (B, KH, G, T, S)"""
-    T, S, KH = q.shape[1], k.shape[1], k.shape[2]
-    scores = np.matmul(_group_heads(q, KH), _per_head(k).swapaxes(-1, -2)) * scale
-    seen = np.tri(T, S, S - T, dtype=bool)
-    if starts is not None:
-        seen = seen & (np.arange(S) >= starts[:, None, None, :, None])  # (B, 1, 1, T, S)
-    return np.where(seen, scores, -np.inf)
-
-
-def _group_heads(x: Array, KH: int) -> Array:
-    """(B, T, H, D) -> (B, KH, G, T, D), G = H/KH query heads to a key/value head"""
-    B, T, H, D = x.shape
-    return x.reshape(B, T, KH, H // max(KH, 1), D).transpose(0, 2, 3, 1, 4)
-
-
-def _per_head(x: Array) -> Array:
-    """(B, S, KH, D) -> (B, KH, 1, S, D)"""
-    return x.transpose(0, 2, 1, 3)[:, :, None]
-
-
-def _join_heads(x: Array, shape: tuple[int, ...]) -> Array:
-    """(B, KH, G, T, D) -> (B, T, H, D)"""
-    return _fresh(x.transpose(0, 3, 1, 2, 4)).reshape(shape)
-
-
-def _fresh(x: Array) -> Array:
-    return np.array(x, order="C")
-
-
 # -- loss
 
 
@@ -356,7 +226,7 @@ def cross_entropy_forward(logits: Array, targets: Array, *, ignore_index: int) -
     targets = checks.cross_entropy("cross_entropy", logits, targets, ignore_index=ignore_index)
     kept = np.flatnonzero(targets != ignore_index)
     with silent():
-        lse = _log_sum_exp(logits)
+        lse = log_sum_exp(logits)
         losses = np.zeros_like(lse)
         losses[kept] = lse[kept] - logits[kept, targets[kept]]
     return losses, lse
