@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from entrenar.kernels import native_packed, native_quantize
+from entrenar.kernels import native_attention, native_packed, native_quantize
 from entrenar.kernels.packed import KINDS, TABLES, Nested, Packed
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -330,7 +330,7 @@ def attach(native: Any, foreign: Foreign, monkeypatch: Any) -> None:
     instead = {"lib": foreign, "ffi": ArraysForPointers, "scratch": lambda size: np.empty(size, np.float32)}
     instead |= dict.fromkeys(("at", "at_strided", "at_ints", "packed"), lambda array: array)
     instead |= {"from_buffer": lambda kind, array: array}
-    for module in (native, native_packed, native_quantize):
+    for module in (native, native_attention, native_packed, native_quantize):
         for name, value in instead.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)

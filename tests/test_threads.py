@@ -108,6 +108,8 @@ print(count() - before)
 )
 def test_more_threads_while_a_kernel_starts_do_not_overrun_its_scratch(kernel, native, thread_count, monkeypatch):
     """Another Python thread may set the number between a kernel's asking for scratch and its start."""
+    from entrenar.kernels import native_attention
+
     case = next(case for case in CASES if case.kernel == kernel)
     args = case.make(np.random.default_rng(5), **case.large)
     thread_count(1)
@@ -118,7 +120,8 @@ def test_more_threads_while_a_kernel_starts_do_not_overrun_its_scratch(kernel, n
         lent.append((np.full(3 * size + 16, 7, np.float32), size))
         return native.at(lent[-1][0])
 
-    monkeypatch.setattr(native, "scratch", scratch)
+    for module in (native, native_attention):
+        monkeypatch.setattr(module, "scratch", scratch)
     assert bits(native, case, args) == wanted
     assert lent and all((memory[size:] == 7).all() for memory, size in lent)
 

@@ -2,7 +2,8 @@
 reference.py. Any other float type goes to the reference.
 
 A wrapper checks (checks.py), brings its inputs into the layout the kernel trusts (`floats`), makes the outputs
-(`empty`), and passes pointers (`at`): calling.py has these. The kernels of packed matrices are in native_packed.py.
+(`empty`), and passes pointers (`at`): calling.py has these. Attention, the kernels of packed matrices and quantizing
+are in native_attention.py, native_packed.py and native_quantize.py.
 Importing this module raises ImportError where no C kernels were built.
 """
 
@@ -35,9 +36,9 @@ from entrenar.kernels.calling import (  # noqa: F401 (what kernels/__init__.py a
     rows,
     scratch,
     set_num_threads,
-    strided,
     use_isa,
 )
+from entrenar.kernels.native_attention import attention_backward, attention_forward  # noqa: F401
 from entrenar.kernels.native_packed import (  # noqa: F401
     packed,
     packed_linear,
@@ -317,52 +318,8 @@ def sum_of_squares(*xs: Array) -> float:
                                   ffi.cast("double *", work))
 
 
-# ---- attention, linear_cross_entropy --------------------------------------------------------------------------------
+# ---- linear_cross_entropy -------------------------------------------------------------------------------------------
 LOGITS_AT_ONCE = 1 << 23  # floats, 32 MB: a chunk in linear_cross_entropy; 16 MB would cost 5 % more time
-
-
-def head_strides(*arrays: Array):
-    """The element strides of q, k, v along their first three axes; cffi makes an array of them for the call."""
-    return [stride // 4 for a in arrays for stride in a.strides[:3]]
-
-
-def at_starts(starts: Array | None):
-    return ffi.NULL if starts is None else at_ints(starts)
-
-
-def attention_forward(
-    q: Array, k: Array, v: Array, starts: Array | None = None, *, scale: float
-) -> tuple[Array, Array]:
-    checks.attention("attention", q, k, v)
-    starts = checks.documents("attention", starts, q, k)
-    if not float32(q, k, v) or not q.size:
-        return reference.attention_forward(q, k, v, starts, scale=scale)
-    (B, T, H, D), (S, KH) = q.shape, k.shape[1:3]
-    q, k, v, starts = strided(q), strided(k), strided(v), None if starts is None else ints(starts)
-    o, lse, threads = empty(B, T, H, D), empty(B, H, T), lib.ent_num_threads
-    work = scratch(lib.ent_attention_forward_scratch(threads, B, T, S, H, KH, D))
-    lib.ent_attention_forward(at(o), at(lse), at_strided(q), at_strided(k), at_strided(v), at_starts(starts), work,
-                              threads, scale, B, T, S, H, KH, D, head_strides(q, k, v))
-    return o, lse
-
-
-def attention_backward(
-    do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, starts: Array | None = None, *, scale: float
-) -> tuple[Array, Array, Array]:
-    checks.attention_backward("attention_backward", do, q, k, v, o, lse)
-    starts = checks.documents("attention_backward", starts, q, k)
-    if not float32(do, q, k, v, o, lse) or not q.size:
-        return reference.attention_backward(do, q, k, v, o, lse, starts, scale=scale)
-    (B, T, H, D), (S, KH) = q.shape, k.shape[1:3]
-    do, o, lse = floats(do), floats(o), floats(lse)
-    q, k, v, starts = strided(q), strided(k), strided(v), None if starts is None else ints(starts)
-    dq, dk, dv = empty(B, T, H, D), empty(B, S, KH, D), empty(B, S, KH, D)
-    threads = lib.ent_num_threads
-    work = scratch(lib.ent_attention_backward_scratch(threads, B, T, S, H, KH, D))
-    lib.ent_attention_backward(at(dq), at(dk), at(dv), at(do), at_strided(q), at_strided(k), at_strided(v), at(o),
-                               at(lse), at_starts(starts), work, threads, scale, B, T, S, H, KH, D,
-                               head_strides(q, k, v))
-    return dq, dk, dv
 
 
 def linear_cross_entropy(

@@ -1,6 +1,6 @@
 """Attention and its parts: softmax, rotary position embedding, and causal attention as one op.
 
-Formulas and their sources stand in kernels/reference_attention.py; here is what each op keeps.
+Formulas and their sources stand in kernels/reference.py and reference_attention.py; here is what each op keeps.
 """
 
 # B batch, T time, S key/value length, H heads, KH key/value heads, D head dim
