@@ -16,8 +16,9 @@ from entrenar.convert.gguf import export_gguf, rope_factors
 from entrenar.convert.vocabulary import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
 from entrenar.data import ByteTokenizer, train_bpe
 from entrenar.data.tokenizer_cuts import CL100K, GPT2, QWEN2
-from entrenar.formats import FormatError, gguf
-from entrenar.formats.gguf import GGUF, Tensor, dequantize_q8_0, quantize_q8_0, read_header, write_gguf
+from entrenar.formats import FormatError, gguf_writer
+from entrenar.formats.gguf import GGUF, dequantize_q8_0, quantize_q8_0, read_header
+from entrenar.formats.gguf_writer import Tensor, write_gguf
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.model import rope_frequencies
 
@@ -67,7 +68,7 @@ def test_a_value_without_a_type_is_refused_by_name(key, value):
 
 @pytest.mark.parametrize("chunk", [64, 1 << 20])
 def test_tensors_read_back_at_aligned_places(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(gguf, "CHUNK", chunk)
+    monkeypatch.setattr(gguf_writer, "CHUNK", chunk)
     arrays = {"a": (RNG.normal(size=(3, 5)), "F32"), "b": (RNG.normal(size=7), "F32"),
               "c": (RNG.normal(size=(9, 3)), "F16"), "d": (RNG.normal(size=(2, 2, 3)), "BF16"),
               "e": (RNG.normal(size=(5, 64)), "Q8_0"), "f": (np.zeros((0, 4)), "F32")}  # fmt: skip
@@ -375,7 +376,7 @@ def test_an_export_needs_no_second_copy_of_the_model(tmp_path):
     export_gguf(model, None, tmp_path / "m.gguf", kind="q8_0")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert size > 20e6 and peak < 8 * 4 * gguf.CHUNK  # some copies of one chunk of 1 MB
+    assert size > 20e6 and peak < 8 * 4 * gguf_writer.CHUNK  # some copies of one chunk of 1 MB
 
 
 def test_an_export_that_fails_leaves_nothing_and_an_older_file_alone(tmp_path):

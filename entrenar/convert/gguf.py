@@ -19,7 +19,7 @@ from entrenar.convert import ConvertError, interleave
 from entrenar.convert.vocabulary import UNUSED, Vocabulary, read_vocabulary
 from entrenar.data import Tokenizer
 from entrenar.files import new_file
-from entrenar.formats.gguf import Tensor, write_gguf
+from entrenar.formats.gguf_writer import Tensor, write_gguf
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.llama.model import rope_frequencies
 from entrenar.llama.packed import Floats

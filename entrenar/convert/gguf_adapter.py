@@ -19,7 +19,7 @@ from entrenar.adapters.model import adapted
 from entrenar.convert import ConvertError
 from entrenar.convert.gguf import gguf_name, turned
 from entrenar.files import new_file
-from entrenar.formats.gguf import Tensor, write_gguf
+from entrenar.formats.gguf_writer import Tensor, write_gguf
 from entrenar.llama import Llama, LlamaConfig
 
 KINDS = {"f32": ("F32", 0), "f16": ("F16", 1)}

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from entrenar.formats import FormatError
-from entrenar.formats.gguf import ALIGNMENT, ARRAY, GGUF, PLAIN, SCALARS, STRING, TYPES, Tensor, write_gguf
+from entrenar.formats.gguf import ALIGNMENT, ARRAY, GGUF, PLAIN, SCALARS, STRING, TYPES
+from entrenar.formats.gguf_writer import Tensor, write_gguf
 from hostile.case import MIB, Case, Family, bytes_at, cuts, flips, not_files, put
 
 NAME = "model.gguf"
