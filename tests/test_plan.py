@@ -23,11 +23,12 @@ from entrenar import kernels, optim, random
 from entrenar.data import prepare
 from entrenar.llama import Llama, LlamaConfig
 from entrenar.tensor import no_grad
-from entrenar.training import machine, plan
+from entrenar.training import machine, plan, pretrain_plan
 from entrenar.training.config import read_config
 from entrenar.training.display import size
 from entrenar.training.heap import Heap
-from entrenar.training.plan import make_plan, render
+from entrenar.training.plan import render
+from entrenar.training.pretrain_plan import make_plan
 from entrenar.training.rehearsal import WEIGHTS, Rehearsal
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "llama2" / "configs"
@@ -206,10 +207,10 @@ def test_layers_beyond_those_that_are_rehearsed_count_as_if_they_were(monkeypatc
     c, shape = config(), shape_of(num_hidden_layers=60)
     for checkpointing in (False, True):
         c.training.activation_checkpointing = checkpointing
-        whole = plan.predicted(c, shape)
+        whole = pretrain_plan.predicted(c, shape)
         with monkeypatch.context() as patch:
             patch.setattr(plan, "MOST_LAYERS", 20)
-            told = plan.predicted(c, shape)
+            told = pretrain_plan.predicted(c, shape)
         assert told.bytes == pytest.approx(whole.bytes, rel=0.01)
         assert told.parts[WEIGHTS] == pytest.approx(whole.parts[WEIGHTS], rel=1e-6)
 
@@ -286,7 +287,7 @@ def tight(monkeypatch):
     """Makes a plan where this process may hold no more than 300 MB beside what it holds."""
 
     def make(**changes):
-        limit = plan.measured_program() + 300 * 10**6
+        limit = pretrain_plan.measured_program() + 300 * 10**6
         monkeypatch.setattr(machine, "memory_limit", lambda: limit)
         return make_plan(config(**{"training__batch_size": 128} | changes))
 
@@ -330,7 +331,7 @@ def test_the_shipped_configurations_fit_a_machine_of_4_GB_and_7b_does_not(monkey
 
 def test_a_run_that_fits_but_not_beside_others_is_warned_of(monkeypatch):
     def with_free(megabytes, name):
-        free = plan.measured_program() + megabytes * 10**6
+        free = pretrain_plan.measured_program() + megabytes * 10**6
         monkeypatch.setattr(machine, "memory_available", lambda: free)
         return make_plan(config(name)), size(free)
 

@@ -20,7 +20,8 @@ from entrenar.training.checkpoint import Saved, load_checkpoint
 from entrenar.training.display import Display
 from entrenar.training.option import ConfigError
 from entrenar.training.options import Config
-from entrenar.training.plan import Plan, make_plan
+from entrenar.training.plan import Plan
+from entrenar.training.pretrain_plan import make_plan
 from entrenar.training.text_task import TextTask
 
 DATA = "data"  # in the run's folder: prepared tokens, where there is no cache

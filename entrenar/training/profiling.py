@@ -16,7 +16,7 @@ from entrenar.observe.profile import Profile
 from entrenar.training import finetune, pretrain
 from entrenar.training.adapter import trial
 from entrenar.training.config import FineTuning, Run
-from entrenar.training.plan import expected_shape
+from entrenar.training.pretrain_plan import expected_shape
 from entrenar.training.trainer import accumulate_gradients, optimizer_of
 
 

@@ -6,7 +6,7 @@ moment and the gaps between. Both follow from the shapes alone. This file goes t
 of training steps and of a look at held-out text in the very order of the engine (tensor.py's walk, llama/model.py,
 ops/), and heap.py says where each would lie. A test compares it with what a real step asks for.
 
-Counts float arrays and nothing else: what the process has beside them, plan.py knows.
+Counts float arrays and nothing else: what the process has beside them, pretrain_plan.py and finetune_plan.py know.
 """
 
 # B batch, T time, N = B T tokens, C channels, H heads, KH key/value heads, D head dim, F feed-forward, V vocabulary
