@@ -17,11 +17,12 @@ from entrenar import GradcheckError, Op, Tensor, gradcheck, kernels, ops, random
 from entrenar.kernels import reference
 from entrenar.ops import elementwise
 from entrenar.ops.attention import Attention, Rope
-from entrenar.ops.elementwise import Add, Swiglu
+from entrenar.ops.elementwise import Add
 from entrenar.ops.linear import Embedding, Linear
 from entrenar.ops.loss import LinearCrossEntropy
 from entrenar.ops.norm import RMSNorm
 from entrenar.ops.shape import GetItem, Reshape
+from entrenar.ops.swiglu import Swiglu
 from entrenar.tensor import no_grad
 
 SPOILT = {"zeros": 0.0, "sign": -1.0, "scale": 1.001}

@@ -1,5 +1,5 @@
-"""Every differentiable operation, in rising difficulty: elementwise, shape, reduce, linear, norm, attention,
-loss, dropout; and checkpoint, which trades time for memory.
+"""Every differentiable operation, in rising difficulty: elementwise, shape, reduce, linear, norm, swiglu,
+attention, loss, dropout; and checkpoint, which trades time for memory.
 
 `METHODS` below is all there is to `x + y`, `x @ w`, `x[0]` and `x.sum()`. Comparisons (< <= > >=) give plain
 NumPy arrays of bools, for where() and for indexing; == and != compare identity, so that tensors can be keys
@@ -32,7 +32,6 @@ from entrenar.ops.elementwise import (
     silu,
     sqrt,
     sub,
-    swiglu,
     tanh,
     where,
 )
@@ -42,6 +41,7 @@ from entrenar.ops.low_rank import dora_linear, lora_embedding, lora_linear
 from entrenar.ops.norm import layer_norm, rms_norm
 from entrenar.ops.reduce import max, mean, sum
 from entrenar.ops.shape import broadcast_to, concat, getitem, iterate, reshape, split, stack, transpose
+from entrenar.ops.swiglu import swiglu
 from entrenar.tensor import Tensor
 
 __all__ = [

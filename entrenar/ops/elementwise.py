@@ -1,4 +1,4 @@
-"""Operations on each element alone: arithmetic with broadcasting, functions of one argument, choices, swiglu.
+"""Operations on each element alone: arithmetic with broadcasting, functions of one argument, choices.
 
 A constant beside a tensor (a number, a list, an array) takes the tensor's float type, so float32 stays
 float32; two tensors promote as in NumPy. Errors about shapes that do not broadcast are NumPy's own.
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from entrenar import kernels
 from entrenar.kernels.reference import erf
 from entrenar.kernels.reference import sigmoid as _sigmoid
 from entrenar.tensor import Op, Tensor
@@ -376,28 +375,3 @@ def where(condition: Any, x: Any, y: Any) -> Tensor:
     """x where the condition (an array of bools, which gets no gradient) holds, else y"""
     condition = condition.data != 0 if isinstance(condition, Tensor) else np.asarray(condition, bool)
     return Where.apply(condition, *operands(x, y))
-
-
-# -- the gated unit of a LLaMA's feed-forward layer
-
-
-class Swiglu(Op):
-    """y = silu(gate) * up          gate, up, y one shape"""
-
-    cheap = True
-
-    def forward(self, gate, up):
-        self.save(gate, up)
-        return kernels.swiglu_forward(gate, up)
-
-    def again(self):
-        return kernels.swiglu_forward(*self.saved)
-
-    def backward(self, dy):
-        dgate, dup = kernels.swiglu_backward(dy, *self.saved)
-        return dgate, dup
-
-
-def swiglu(gate: Any, up: Any) -> Tensor:
-    """silu(gate) * up, in one pass over memory; one shape. Raises ValueError where the shapes differ."""
-    return Swiglu.apply(tensor(gate), tensor(up))
