@@ -37,6 +37,7 @@ from benchmarks.groups import (  # noqa: E402
     step,
     threads,
     training,
+    writing,
 )
 from benchmarks.protocol import Case, Server, Worker, WorkerError, peak_memory  # noqa: E402
 from benchmarks.report import Report, Row, Target  # noqa: E402
@@ -612,7 +613,7 @@ def test_frozen_weights_cost_a_forward_pass_less(bench):
 
 
 def test_decoding_agrees_between_formats_and_goes_on_beyond_its_longest_text(folders, monkeypatch):
-    monkeypatch.setattr(decode, "LONGEST", 3)
+    monkeypatch.setattr(writing, "LONGEST", 3)
     nf4, bfloat16 = (decode.CONTENDERS[name](model="tiny", tokens=1, **folders) for name in
                      (decode.NF4, decode.BFLOAT16))  # fmt: skip
     assert decode.AGREE[decode.BFLOAT16](nf4.check, bfloat16.check)

@@ -1,7 +1,7 @@
 """What is measured. One file per group, and in each: `rows(bench)`, a generator of report rows, run by the
 driver; CONTENDERS, which build a case in a contender's process; and whatever else the driver asks one. (Without rows:
 training.py, the step that several of them time; bases.py, what finetune.py, decode.py and generation.py start from;
-llama_cpp.py, a contender of generation.py.)
+writing.py, what the last two time; llama_cpp.py, a contender of generation.py.)
 
 torch and entrenar are imported inside functions: each is there in one kind of process only.
 """

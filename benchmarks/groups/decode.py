@@ -13,20 +13,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from benchmarks.arrays import agree, fingerprint, integers
 from benchmarks.driver import Agreement, Bench, Times, is_peer
-from benchmarks.groups import bases
+from benchmarks.groups import bases, writing
 from benchmarks.protocol import Case
 from benchmarks.report import Row, Target
 from benchmarks.spread import Spread
 
-PROMPT = 16  # tokens before the first that is timed
-LONGEST = 128  # tokens until the text begins anew: attention costs next to nothing all the way
-FEW_ROUNDS = 3
-TOLERANCE = 1e-3  # of the logits' length, in float32; bfloat16 has 8 binary digits, and errors add up over the layers:
-TOLERANCE_BFLOAT16 = 0.1
+TOLERANCE = 1e-3  # of the logits' length, in float32
 GB = 1e9
 
 NF4, BFLOAT16 = "entrenar-nf4", "entrenar-bfloat16"
@@ -47,27 +40,7 @@ def with_entrenar(kind: str, model: str, base: str, adapter: str, tokens: int) -
     llama = Llama.from_pretrained(base)
     if kind == BFLOAT16:
         to_bfloat16(llama)
-    return writing(llama, first_tokens(model, max(tokens, PROMPT)), tokens)
-
-
-def writing(llama: Any, prompt: np.ndarray, tokens: int) -> Case:
-    """tokens = 1: the next token of a text; more: a prompt of so many."""
-    from entrenar.llama import generate
-    from entrenar.llama.model import KVCache
-    from entrenar.tensor import no_grad
-
-    def read() -> np.ndarray:
-        with no_grad():
-            cache = KVCache(llama.config, capacity=len(prompt))
-            return llama.logits(llama.hidden(prompt[None], cache)[:, -1:]).data[0, -1]
-
-    def texts() -> Iterator[int]:
-        while True:
-            yield from generate(llama, prompt, max_new_tokens=LONGEST, temperature=0)
-
-    last, text = read(), texts()
-    next(text)  # reads the prompt
-    return Case(read if tokens > 1 else partial(next, text), fingerprint(last))
+    return writing.ours(llama, writing.prompt_of(model, tokens), tokens)
 
 
 def to_bfloat16(llama: Any) -> None:
@@ -81,32 +54,7 @@ def to_bfloat16(llama: Any) -> None:
 
 def with_torch(compute: str, portable: bool, model: str, base: str, adapter: str, tokens: int) -> Case:
     llama = bases.torch_model(base, compute, compute, portable=portable).eval()
-    return torch_writing(llama, first_tokens(model, max(tokens, PROMPT)), tokens)
-
-
-def torch_writing(llama: Any, first: np.ndarray, tokens: int) -> Case:
-    """What `generate` does for each token, without what it does around: the model, its cache, the best token."""
-    import torch
-    from transformers import DynamicCache
-
-    prompt = torch.from_numpy(first)[None]
-    cache, ids = DynamicCache(), prompt
-
-    def read() -> torch.Tensor:
-        with torch.inference_mode():
-            return llama(prompt, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).logits[0, -1]
-
-    def next_token() -> None:
-        nonlocal cache, ids
-        if cache.get_seq_length() > LONGEST:
-            cache, ids = DynamicCache(), prompt
-        with torch.inference_mode():
-            logits = llama(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        ids = logits[:, -1:].argmax(-1)
-
-    last = read().float().numpy()
-    next_token()  # reads the prompt
-    return Case(read if tokens > 1 else next_token, fingerprint(last))
+    return writing.of_torch(llama, writing.prompt_of(model, tokens), tokens)
 
 
 CONTENDERS = {
@@ -118,21 +66,13 @@ CONTENDERS = {
 }
 
 
-def first_tokens(model: str, count: int) -> np.ndarray:
-    return integers(1, bases.MODELS[model]["vocab_size"], count)
-
-
 # -- the driver's side
-
-
-def within(tolerance: float, a: list[float], b: list[float]) -> bool:
-    return agree(a, b, tolerance=tolerance)
 
 
 # bitsandbytes' kernel for a model that is not trained computes in bfloat16, whatever it was asked for.
 AGREE: dict[str, Agreement] = {
-    **dict.fromkeys((BFLOAT16, PEER_FLOAT32, PEER_BFLOAT16), partial(within, TOLERANCE_BFLOAT16)),
-    PEER_PORTABLE: partial(within, TOLERANCE),
+    **dict.fromkeys((BFLOAT16, PEER_FLOAT32, PEER_BFLOAT16), partial(writing.within, writing.TOLERANCE_BFLOAT16)),
+    PEER_PORTABLE: partial(writing.within, TOLERANCE),
 }
 
 
@@ -143,7 +83,8 @@ def rows(bench: Bench, model: str = "1.1b", prompt: int = 256) -> Iterator[Row]:
     with bases.written(bench, model, "nf4") as folders:
         workers = {name: bench.start(name) for name in contenders}
         try:
-            how: dict[str, Any] = dict(seconds=0.5, rounds=min(bench.rounds, FEW_ROUNDS), agree=AGREE, workers=workers)
+            rounds = min(bench.rounds, writing.FEW_ROUNDS)
+            how: dict[str, Any] = dict(seconds=0.5, rounds=rounds, agree=AGREE, workers=workers)
             times = bench.race("decode", contenders, model=model, tokens=1, **folders, **how)
             peaks = {name: worker.peak() for name, worker in workers.items()}
             reading = bench.race("decode", contenders, model=model, tokens=prompt, **folders, **how)
@@ -162,8 +103,7 @@ def rows(bench: Bench, model: str = "1.1b", prompt: int = 256) -> Iterator[Row]:
 
 
 def faster_peer(times: Times) -> str | None:
-    peers = [name for name in times.seconds if is_peer(name)]
-    return min(peers, key=lambda name: times.of(name).median, default=None)
+    return writing.fastest(times, [name for name in times.seconds if is_peer(name)])
 
 
 def of_peers(speed: dict[str, float], digits: int) -> str:

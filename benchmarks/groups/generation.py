@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.driver import Agreement, Bench, Times
-from benchmarks.groups import bases, decode, llama_cpp
+from benchmarks.groups import bases, llama_cpp, writing
 from benchmarks.protocol import Case
 from benchmarks.report import Row, Target
 from benchmarks.spread import Spread
 
 PROMPT = 256  # tokens
 DECODING = 1.5  # seconds a round: the slowest, at 8 tokens/s, writes 36 tokens in three
-TOLERANCE_BFLOAT16 = decode.TOLERANCE_BFLOAT16  # of the logits' length
 TOLERANCE_4_BITS = 0.05  # of the logits' length alone: see same_length
 
 BFLOAT16, NF4, ARITHMETIC = "entrenar-bfloat16", "entrenar-nf4", "entrenar-bfloat16-arithmetic"
@@ -59,20 +58,16 @@ def torch_model(compute: str, base: str) -> Any:
     return bases.torch_model(base, compute, compute).eval()
 
 
-def prompt_of(model: str, tokens: int) -> Any:
-    return decode.first_tokens(model, max(tokens, decode.PROMPT))
-
-
 def with_entrenar(contender: str, model: str, tokens: int, base: str, files: dict[str, str]) -> Case:
-    return decode.writing(our_model(contender, base), prompt_of(model, tokens), tokens)
+    return writing.ours(our_model(contender, base), writing.prompt_of(model, tokens), tokens)
 
 
 def with_torch(compute: str, model: str, tokens: int, base: str, files: dict[str, str]) -> Case:
-    return decode.torch_writing(torch_model(compute, base), prompt_of(model, tokens), tokens)
+    return writing.of_torch(torch_model(compute, base), writing.prompt_of(model, tokens), tokens)
 
 
 def with_llama_cpp(contender: str, model: str, tokens: int, base: str, files: dict[str, str]) -> Case:
-    return llama_cpp.writing(files[contender], prompt_of(model, tokens), tokens, decode.LONGEST)
+    return llama_cpp.writing(files[contender], writing.prompt_of(model, tokens), tokens, writing.LONGEST)
 
 
 CONTENDERS = {
@@ -108,7 +103,7 @@ def same_length(a: list[float], b: list[float]) -> bool:
 
 
 AGREE: dict[str, Agreement] = {
-    **dict.fromkeys((ARITHMETIC, *TORCH, LLAMA_BF16, LLAMA_F16), partial(decode.within, TOLERANCE_BFLOAT16)),
+    **dict.fromkeys((ARITHMETIC, *TORCH, LLAMA_BF16, LLAMA_F16), partial(writing.within, writing.TOLERANCE_BFLOAT16)),
     **dict.fromkeys((NF4, LLAMA_Q4_0), same_length),
 }
 
@@ -155,14 +150,14 @@ def race(bench: Bench, model: str, *, llama: bool) -> Measured:
     if not bench.isa and bench.worker("entrenar").call("finetune", "computes_bfloat16"):
         ours.append(ARITHMETIC)
     contenders = bench.present((*ours, *TORCH, *LLAMA * llama))
-    how: dict[str, Any] = dict(rounds=min(bench.rounds, decode.FEW_ROUNDS), agree=AGREE, model=model)
+    how: dict[str, Any] = dict(rounds=min(bench.rounds, writing.FEW_ROUNDS), agree=AGREE, model=model)
     with bases.written(bench, model, "bfloat16") as folders:
         base = folders["base"]
         files = gguf_files(bench, base, [name for name in contenders if name in LLAMA])
         bandwidth = max(bench.machine["reading"], bench.worker("entrenar").call("machine", "reading"))
         with bench.apart(contenders) as workers:
             how |= {"workers": workers, "base": base, "files": files}
-            writing = bench.race("generation", contenders, tokens=1, seconds=DECODING, **how)
+            decoding = bench.race("generation", contenders, tokens=1, seconds=DECODING, **how)
             peaks = {name: worker.peak() for name, worker in workers.items()}
             # Held to AVX2, PyTorch has no arithmetic in bfloat16: a prompt takes it nearly twice as long as in float32
             readers = [name for name in contenders if not (bench.isa and name == TORCH_BFLOAT16)]
@@ -170,7 +165,7 @@ def race(bench: Bench, model: str, *, llama: bool) -> Measured:
             weights = {name: workers[name].call("generation", "bytes_a_token", contender=name, base=base)
                        for name in ours}  # fmt: skip
     flops = bench.worker("entrenar").call("generation", "flops_per_token", model=model, context=PROMPT)
-    return Measured(bench, model, writing, reading, peaks, weights, bandwidth, flops)
+    return Measured(bench, model, decoding, reading, peaks, weights, bandwidth, flops)
 
 
 def gguf_files(bench: Bench, base: str, contenders: Sequence[str]) -> dict[str, str]:
@@ -186,10 +181,6 @@ def gguf_files(bench: Bench, base: str, contenders: Sequence[str]) -> dict[str, 
     return files
 
 
-def fastest(times: Times, names: Sequence[str]) -> str | None:
-    return min((name for name in names if name in times.seconds), key=lambda name: times.of(name).median, default=None)
-
-
 def words(speeds: dict[str, float]) -> str:
     return ", ".join(f"{speed:.3g} of {NAMES[name]}" for name, speed in speeds.items())
 
@@ -202,7 +193,7 @@ def against(name: str, times: Times, tokens: int, ours: str, peers: Sequence[str
             missing: str | None, details: dict[str, Any] | None = None) -> Row:  # fmt: skip
     """Our speed over the fastest of the peers; without any, ours alone."""
     note = compared(times, tokens, [ours], peers)
-    if (peer := fastest(times, peers)) is None:
+    if (peer := writing.fastest(times, peers)) is None:
         return Row("generation", name, "x", None, target, share, f"{missing}; {note}", details or {})
     return Row("generation", name, "x", times.speedup(of=ours, over=peer), target, share, note, details or {})
 
@@ -233,7 +224,7 @@ def against_llama_cpp(m: Measured) -> Iterator[Row]:
                   Target(">=", 1.15), m.bandwidth_share(BFLOAT16), missing)  # fmt: skip
     yield against(f"{model} in NF4, decoding: speed over llama.cpp's Q4_0", m.writing, 1, NF4, (LLAMA_Q4_0,),
                   Target(">=", 0.7), m.bandwidth_share(NF4), missing)  # fmt: skip
-    ours = fastest(m.reading, [name for name in (BFLOAT16, NF4) if name in m.reading.seconds])
+    ours = writing.fastest(m.reading, [name for name in (BFLOAT16, NF4) if name in m.reading.seconds])
     assert ours is not None
     yield against(f"{model}, a prompt of {PROMPT} tokens: speed over llama.cpp's best", m.reading, PROMPT, ours, LLAMA,
                   Target(">=", 1.0), m.peak_share(ours), missing)  # fmt: skip

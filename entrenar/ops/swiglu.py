@@ -1,5 +1,6 @@
-"""The gated unit of a LLaMA's feed-forward layer. Formula: kernels/reference.py. Cheap beside the products that read it:
-nobody keeps its output.
+"""The gated unit of a LLaMA's feed-forward layer. Formula: kernels/reference.py.
+
+Cheap beside the product that reads it: nobody keeps its output.
 """
 
 from __future__ import annotations
