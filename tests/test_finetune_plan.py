@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SAME_PACKAGE
 from fine_runs import finetune, make_base, words, write_rows
+from held import BATCH, CONTEXT, Forgetful, Whole, most_held, two_steps
 
-from entrenar import kernels, optim
+from entrenar import kernels
 from entrenar.adapters import adapt
 from entrenar.llama import Llama, LlamaConfig
-from entrenar.tensor import no_grad
 from entrenar.training import machine
 from entrenar.training.adapter import lora_config, trial
 from entrenar.training.config import FineTuning, read_config
@@ -82,56 +80,30 @@ SHAPE = LlamaConfig(vocab_size=900, hidden_size=128, intermediate_size=352, num_
                     num_attention_heads=4, max_position_embeddings=256)  # fmt: skip
 
 
-class Whole(FineRehearsal):
-    """Counts all of the kernels' scratch memory, as tracemalloc does, and not what of it is touched."""
-
-    def scratch(self, floats: int) -> None:
-        self._lend(floats)
+class WholeRehearsal(Whole, FineRehearsal):
+    pass
 
 
-class Forgetful(Whole):
-    """As if the backward of swiglu did without the gate."""
-
-    def block(self, i, x, name, *, keep):
-        y, saved = super().block(i, x, name, keep=keep)
-        if keep:
-            self.heap.drop(saved.gate)
-            saved.gate = None
-        return y, saved
+class ForgetfulRehearsal(Forgetful, FineRehearsal):
+    pass
 
 
 def traced_peak(c: FineTuning) -> int:
     """The most bytes that NumPy held at once while a model was adapted, trained for two steps, and looked at."""
-    peak: list[int] = []
 
-    def job() -> None:  # in a thread of its own, whose scratch memory is not there yet
-        tracemalloc.start()
+    def job() -> None:
         model = Llama(SHAPE, checkpointing=c.training.activation_checkpointing)
         adapt(model, lora_config(c))
-        optimizer = optim.AdamW(model.named_parameters())
-        ids = np.zeros((4, 64), np.int64)
-        for _ in range(2):
-            loss = model.loss(ids, ids, reduction="sum")
-            loss.backward(np.full((), 1 / ids.size, np.float32))
-            optim.global_norm(model.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
-            with no_grad():
-                model.loss(ids, ids)
-        peak.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        two_steps(model)
 
-    thread = threading.Thread(target=job)
-    thread.start()
-    thread.join()
-    return peak[0]
+    return most_held(job)
 
 
-def rehearsed(c: FineTuning, kind: type[FineRehearsal] = Whole) -> int:
+def rehearsed(c: FineTuning, kind: type[FineRehearsal] = WholeRehearsal) -> int:
     tried = trial(c, SHAPE)
     shapes = Rehearsal(SHAPE, 1, 1).parameters()
     held = {name: held_bytes(shape, None, double_quant=True) for name, shape in shapes.items()}
-    rehearsal = kind(SHAPE, batch=4, context=64, checkpointing=c.training.activation_checkpointing,
+    rehearsal = kind(SHAPE, batch=BATCH, context=CONTEXT, checkpointing=c.training.activation_checkpointing,
                      threads=kernels.get_num_threads(), low_rank=tried.low_rank, whole=tried.whole,
                      held=held)  # fmt: skip
     rehearsal.draw = lambda: None
@@ -155,7 +127,7 @@ def test_the_rehearsal_holds_what_a_real_step_holds(native, name):
 
 
 def test_the_comparison_finds_a_rehearsal_that_forgets_an_array(native):
-    assert abs(rehearsed(config(), Forgetful) / traced_peak(config()) - 1) > 0.04
+    assert abs(rehearsed(config(), ForgetfulRehearsal) / traced_peak(config()) - 1) > 0.04
 
 
 @pytest.mark.parametrize("kind", [None, "bfloat16", "q8_0", "nf4", "fp4"])

@@ -6,11 +6,11 @@ import dataclasses
 import io
 import itertools
 import json
-import threading
 import tracemalloc
 
 import numpy as np
 import pytest
+from held import most_held
 
 from entrenar import kernels
 from entrenar.adapters import LoraConfig, adapt, count
@@ -76,21 +76,14 @@ def test_a_case_that_cannot_be_is_refused():
 
 def traced(case: Case) -> int:
     """The most bytes that NumPy held at once in two steps."""
-    peak: list[int] = []
 
-    def job() -> None:  # in a thread of its own, whose scratch memory is not there yet
-        tracemalloc.start()
+    def job() -> None:
         model, _ = memory_measure.prepared(case, case.shape)
         tracemalloc.reset_peak()
         for _ in itertools.islice(memory_measure.steps(case, case.shape, model), 2):
             pass
-        peak.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
 
-    thread = threading.Thread(target=job)
-    thread.start()
-    thread.join()
-    return peak[0]
+    return most_held(job)
 
 
 def said(case: Case) -> int:

@@ -7,22 +7,20 @@ import json
 import resource
 import subprocess
 import sys
-import threading
 import time
-import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SAME_PACKAGE
+from held import BATCH, CONTEXT, Forgetful, Whole, most_held, two_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entrenar import kernels, optim, random
+from entrenar import kernels, random
 from entrenar.data import prepare
 from entrenar.llama import Llama, LlamaConfig
-from entrenar.tensor import no_grad
 from entrenar.training import machine, plan, pretrain_plan
 from entrenar.training.config import read_config
 from entrenar.training.display import size
@@ -125,40 +123,19 @@ def shape_of(**changes) -> LlamaConfig:
 
 def traced_peak(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool) -> int:
     """The most bytes that NumPy held at once while a model was built, trained for two steps, and looked at."""
-    peak: list[int] = []
-
-    def job() -> None:  # in a thread of its own, whose scratch memory is not there yet
-        tracemalloc.start()
-        model = Llama(shape, checkpointing=checkpointing)
-        optimizer = optim.AdamW(model.named_parameters())
-        ids = np.zeros((4, 64), np.int64)
-        for _ in range(2):
-            for _ in range(micro_batches):
-                loss = model.loss(ids, ids, reduction="sum")
-                loss.backward(np.full((), 1 / ids.size, np.float32))
-            optim.global_norm(model.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
-            with no_grad():
-                model.loss(ids, ids)
-        peak.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-
-    thread = threading.Thread(target=job)
-    thread.start()
-    thread.join()
-    return peak[0]
+    return most_held(lambda: two_steps(Llama(shape, checkpointing=checkpointing), micro_batches))
 
 
-class Whole(Rehearsal):
-    """Counts all of the kernels' scratch memory, as tracemalloc does, and not what of it is touched."""
-
-    def scratch(self, floats: int) -> None:
-        self._lend(floats)
+class WholeRehearsal(Whole, Rehearsal):
+    pass
 
 
-def rehearsed(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool, kind=Whole) -> int:
-    rehearsal = kind(shape, batch=4, context=64, micro_batches=micro_batches, checkpointing=checkpointing,
+class ForgetfulRehearsal(Forgetful, Rehearsal):
+    pass
+
+
+def rehearsed(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool, kind=WholeRehearsal) -> int:
+    rehearsal = kind(shape, batch=BATCH, context=CONTEXT, micro_batches=micro_batches, checkpointing=checkpointing,
                      threads=kernels.get_num_threads())  # fmt: skip
     rehearsal.draw = lambda: None
     return rehearsal.run().most
@@ -172,21 +149,10 @@ def test_the_rehearsal_holds_what_a_real_step_holds(native, name, micro_batches,
     assert rehearsed(shape, **how) == pytest.approx(traced_peak(shape, **how), rel=0.01)
 
 
-class Forgetful(Whole):
-    """Drops a layer's gate too early, as if its backward did not need it."""
-
-    def block(self, i, x, name, *, keep):
-        y, saved = super().block(i, x, name, keep=keep)
-        if keep:
-            self.heap.drop(saved.gate)
-            saved.gate = None
-        return y, saved
-
-
 def test_the_comparison_finds_a_rehearsal_that_forgets_an_array(native):
     how = {"micro_batches": 1, "checkpointing": False}
     true = traced_peak(shape_of(), **how)
-    assert abs(rehearsed(shape_of(), **how, kind=Forgetful) / true - 1) > 0.03
+    assert abs(rehearsed(shape_of(), **how, kind=ForgetfulRehearsal) / true - 1) > 0.03
 
 
 def test_every_array_but_weights_moments_tables_and_scratch_is_dropped_in_the_end():
