@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import foreign
 import numpy as np
@@ -31,7 +32,6 @@ BUILDS = {
     "16 lanes on AVX2": ("cc", (*AVX2, "-DENT_W=16", *SANITIZE), [], "avx2"),
     "8 lanes on the baseline": ("cc", ("-DENT_W=8", *SANITIZE), [], None),
 }
-PROGRAMS: dict[str, list[str]] = {}  # command lines, compiled once
 
 
 def can_link(compiler: str, folder, *flags: str) -> bool:
@@ -41,26 +41,37 @@ def can_link(compiler: str, folder, *flags: str) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def program(build: str, native, tmp_path_factory) -> list[str]:
-    """The command that runs one build's driver; skips the test where it cannot be made or run."""
+def program(build: str, native, folder) -> list[str] | str:
+    """The command that runs one build's driver, compiled here; or why there is none."""
     compiler, flags, emulator, feature = BUILDS[build]
     for tool in (compiler, *emulator):
         if not shutil.which(tool):
-            pytest.skip(f"{build}: no {tool}")
+            return f"{build}: no {tool}"
     if feature and feature not in native.available_isas():
-        pytest.skip(f"{build}: this machine has no {feature}")
-    if build not in PROGRAMS:
-        folder = tmp_path_factory.mktemp("driver")
-        if not can_link(compiler, folder, *flags):
-            pytest.skip(f"{build}: {compiler} does not link with {' '.join(flags)}")
-        PROGRAMS[build] = [*emulator, str(foreign.compile_driver(compiler, folder, *flags))]
-    return PROGRAMS[build]
+        return f"{build}: this machine has no {feature}"
+    if not can_link(compiler, folder, *flags):
+        return f"{build}: {compiler} does not link with {' '.join(flags)}"
+    return [*emulator, str(foreign.compile_driver(compiler, folder, *flags))]
+
+
+@pytest.fixture(scope="module")
+def programs(native, tmp_path_factory):
+    """Starts the drivers, of which each is compiled once, all at the same time; skips the test where one cannot be."""
+    folders = [tmp_path_factory.mktemp("driver") for _ in BUILDS]
+    with ThreadPoolExecutor() as pool:
+        made = [pool.submit(program, build, native, folder) for build, folder in zip(BUILDS, folders, strict=True)]
+
+    def start(build: str) -> foreign.Foreign:
+        command = dict(zip(BUILDS, made, strict=True))[build].result()
+        return pytest.skip(command) if isinstance(command, str) else foreign.Foreign(command)
+
+    return start
 
 
 @pytest.fixture(scope="module", params=BUILDS)
-def other(request, native, tmp_path_factory):
+def other(request, native, programs):
     """A running driver for one build; the native wrappers use it while the module's tests do."""
-    process = foreign.Foreign(program(request.param, native, tmp_path_factory))
+    process = programs(request.param)
     with pytest.MonkeyPatch.context() as monkeypatch:
         foreign.attach(native, process, monkeypatch)
         yield process
@@ -115,9 +126,9 @@ def test_extreme_values_go_where_the_formula_takes_them(other, native):
             check(native, reference, case, planted, extreme=True)
 
 
-def test_a_write_past_the_end_of_a_result_is_found(native, tmp_path_factory, monkeypatch):
+def test_a_write_past_the_end_of_a_result_is_found(native, programs, monkeypatch):
     """The control: a driver told that its output is one element shorter than it is."""
-    process = foreign.Foreign(program("8 lanes on the baseline", native, tmp_path_factory))
+    process = programs("8 lanes on the baseline")
     foreign.attach(native, process, monkeypatch)
     x = normal(np.random.default_rng(3), 2, 5)
     assert native.softmax_forward(x).shape == (2, 5)
