@@ -67,6 +67,33 @@ def test_a_product_of_many_rows_has_the_bits_of_the_decoded_matrixs(kind, isa, n
         assert native.packed_linear_backward(dy, w).tobytes() == native.matmul(dy, W).tobytes()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "bfloat16"])
+def test_rows_that_are_turned_have_the_bits_of_those_that_are_not(kind, isa, native):
+    """Up to 256 rows times a transposed weight are a product turned around, in several passes where k is large."""
+    rng = np.random.default_rng(21)
+    w = random_packed(rng, kind, 150, 2600)
+    W_t, x, c = native.unpack(w).T, normal(rng, 300, 2600), normal(rng, 300, 150)
+    many, added = native.packed_linear(x, w), c.copy()
+    native.matmul_add(added, x, W_t)
+    for N in (200, 256, 257):
+        assert native.packed_linear(x[:N], w).tobytes() == many[:N].tobytes()
+        assert native.matmul(x[:N], W_t).tobytes() == many[:N].tobytes()
+        some = c[:N].copy()
+        native.matmul_add(some, x[:N], W_t)
+        assert some.tobytes() == added[:N].tobytes()
+
+
+def test_rows_that_are_turned_in_several_passes_have_the_same_bits_on_any_number_of_threads(isa, native, thread_count):
+    """128 x 256 are cut both ways for eight threads: each part's rows are fewer, and so are its passes."""
+    rng = np.random.default_rng(22)
+    x, W = normal(rng, 128, 9000), normal(rng, 256, 9000)
+    got = set()
+    for threads in (1, 2, 8):
+        thread_count(threads)
+        got.add(native.matmul(x, W.T).tobytes())
+    assert len(got) == 1
+
+
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_product_of_few_rows_is_as_exact_as_one_of_floats(kind, isa, native):
     """Rows longer than the scales that are decoded at a time, rows of W in groups and left over, every number of x."""
