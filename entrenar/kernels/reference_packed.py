@@ -77,11 +77,12 @@ def operands(x: Array, w: Packed) -> tuple[Array, Array]:
 def integer_operands(x: Array, w: Packed) -> tuple[Array, Array]:
     """x (N, I) and W as a product of few rows multiplies them in int16, both of x's type.
 
-    Each group of 64 of x, and the table, as whole numbers times one scale: sums of a group are exact in 32 bits.
+    Each group of 64 of x, and the table, as whole numbers times one scale: sums of a group are exact in 32 bits. What
+    is less than 2^-99 counts as 0.
     """
     groups = np.ascontiguousarray(x, np.float32).reshape(-1, GROUP)
-    scale = np.maximum(np.abs(groups).max(axis=1, keepdims=True) / np.float32(2**14), np.finfo(np.float32).tiny)
-    whole = np.rint(groups * (1 / scale)).astype(x.dtype)
+    scale = np.maximum(np.abs(groups).max(axis=1, keepdims=True) / np.float32(2**14), np.float32(2.0**-98))
+    whole = np.rint(groups.astype(np.float64) * (1 / scale)).astype(x.dtype)
     table = INTEGERS[w.kind] / INTEGER_SCALES[w.kind]
     W = _values(w, np.arange(w.size), table).reshape(w.shape)
     return (whole * scale.astype(x.dtype)).reshape(x.shape), W.astype(x.dtype)
