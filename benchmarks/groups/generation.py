@@ -96,7 +96,7 @@ def with_llama_cpp(contender: str, model: str, tokens: int, base: str, files: di
 
 
 CONTENDERS = {
-    **{name: partial(with_entrenar, name) for name in (BFLOAT16, NF4, ARITHMETIC)},
+    **{name: partial(with_entrenar, name) for name in (BFLOAT16, NF4, INT16, ARITHMETIC)},
     TORCH_FLOAT32: partial(with_torch, "float32"),
     TORCH_BFLOAT16: partial(with_torch, "bfloat16"),
     **{name: partial(with_llama_cpp, name) for name in LLAMA},

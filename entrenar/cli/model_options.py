@@ -23,7 +23,7 @@ def add_model_options(add: Callable[..., Any]) -> None:
         help="an adapter to use, or off; may come again")  # fmt: skip
     add("--base", metavar="DIR", help="where the model of an adapter is now")
     told_together(
-        add("--storage", metavar="T", choices=STORAGES, help="weights: nf4, stored, ...; products: float32, ..."),
+        add("--storage", metavar="T", choices=STORAGES, help="weights: nf4, stored, ...; products: int16, float32"),
         add("--compute", metavar="T", choices=COMPUTES, help="products with such weights: float32, int16, ..."),
     )
 

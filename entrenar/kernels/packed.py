@@ -74,7 +74,7 @@ class Packed:
     block    values to a scale, a multiple of 2
     compute  the arithmetic of its products, whose results are float32 always:
              float32
-             int16     x W^T of up to FEW_ROWS rows rounds both operands to whole numbers of 15 bits, where `in_integers`
+             int16     x W^T of up to FEW_ROWS rows rounds both to whole numbers of 15 bits, where `in_integers`
              bfloat16  products of more than FEW_ROWS rows round both operands to bfloat16, and add in float32
 
     Raises ValueError for arrays that do not fit the shape: kernels trust a Packed that exists.
@@ -106,7 +106,7 @@ class Packed:
 
     @property
     def in_integers(self) -> bool:
-        """Whether products of few rows are made of whole numbers: asked for, of 4-bit tables, in rows of whole groups."""
+        """Whether products of few rows are of whole numbers: asked for, of 4-bit tables, in rows of whole groups."""
         whole_groups = self.block == GROUP and self.shape[1] % GROUP == 0
         return self.compute == "int16" and self.kind in TABLES and whole_groups
 
