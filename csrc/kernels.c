@@ -11,6 +11,7 @@
 #include "matmul_tile.c.inc"
 #include "matmul.c.inc"
 #include "matmul_bfloat16.c.inc"
+#include "packed_fixed.c.inc"
 #include "packed_few.c.inc"
 
 // ---- row kernels: softmax, norms, rope, swiglu, loss, embedding, optimizer ----

@@ -14,7 +14,9 @@
 // A frozen matrix of rows x columns in a storage format: entrenar/kernels/packed.py says which there are.
 // codes: nibbles, int8 or uint16 by kind; table: the 16 values of a nibble. Scales are `scales`, one for each `block`
 // values of the flat matrix, or, where that is NULL, nested_table[nested_codes[i]] * nested_absmax[i / nested_block]
-// + nested_offset. Where `bfloat16` is not 0, products of more than 8 rows round both operands to it.
+// + nested_offset. Where `bfloat16` is not 0, products of more than 8 rows round both operands to it. Where `integers`
+// is not NULL, y = x W^T of up to 8 rows is made of whole numbers: it is the table times integer_scale, rounded; block
+// is 64, and divides columns.
 typedef struct {
     const uint8_t *codes;
     const float *table;
@@ -22,7 +24,8 @@ typedef struct {
     const uint8_t *nested_codes;
     const float *nested_table;
     const float *nested_absmax;
-    double nested_offset;
+    const int16_t *integers;
+    double nested_offset, integer_scale;
     int64_t kind, rows, columns, block, nested_block, bfloat16;
 } ent_packed;
 

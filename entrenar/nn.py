@@ -16,6 +16,7 @@ import numpy as np
 
 from entrenar import kernels, ops, random
 from entrenar.kernels.packed import Packed
+from entrenar.ops.linear import in_use
 from entrenar.ops.loss import Reduction
 from entrenar.state import check_fits
 from entrenar.tensor import Tensor, current_watcher, is_recording
@@ -183,7 +184,7 @@ def side_by_side(x: Tensor, *layers: Module) -> list[Tensor]:
     write one token, waking the threads costs about as much as a small product.
     """
     plain = [layer for layer in layers if type(layer) is Linear and layer.bias is None]
-    weights = [layer.weight for layer in plain if isinstance(layer.weight, Packed)]
+    weights = [in_use(layer.weight) for layer in plain if isinstance(layer.weight, Packed)]
     if len(weights) < len(layers) or (is_recording() and x.requires_grad) or current_watcher() is not None:
         return [layer(x) for layer in layers]
     shape = x.shape

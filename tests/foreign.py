@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from entrenar.kernels import native_attention, native_packed, native_quantize
-from entrenar.kernels.packed import KINDS, TABLES, Nested, Packed
+from entrenar.kernels.packed import INTEGER_SCALES, INTEGERS, KINDS, TABLES, Nested, Packed
 
 CSRC = Path(__file__).parent.parent / "csrc"
 FLAGS = ("-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")  # as in setup.py
@@ -113,7 +113,8 @@ static ent_packed *get_packed(ent_packed *w) {  /* 0 for NULL; or 1, arrays, num
     if (!given) return 0;
     w->codes = get_kept(), w->table = get_kept(), w->scales = get_kept();
     w->nested_codes = get_kept(), w->nested_table = get_kept(), w->nested_absmax = get_kept();
-    get(&w->nested_offset, 8);
+    w->integers = get_kept();
+    get(&w->nested_offset, 2 * 8);
     get(&w->kind, 6 * 8);
     return w;
 }
@@ -297,8 +298,10 @@ def in_bytes(w: Packed) -> bytes:
     n = w.scales if isinstance(w.scales, Nested) else None
     arrays = [w.codes, TABLES.get(w.kind, native_packed.NO_TABLE), None if n else w.scales]
     arrays += [n.codes, n.table, n.absmax] if n else [None] * 3
+    arrays += [INTEGERS[w.kind] if w.in_integers else None]
     offset, outer = (np.float32(n.offset), n.block) if n else (0, 0)
-    numbers = struct.pack("d6q", offset, KINDS.index(w.kind), *w.shape, w.block, outer, w.compute == "bfloat16")
+    scale = INTEGER_SCALES.get(w.kind, 0)
+    numbers = struct.pack("2d6q", offset, scale, KINDS.index(w.kind), *w.shape, w.block, outer, w.compute == "bfloat16")
     return struct.pack("q", 1) + b"".join(map(array_bytes, arrays)) + numbers
 
 

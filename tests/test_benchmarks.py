@@ -677,6 +677,14 @@ def test_a_text_begins_alike_in_bfloat16_and_in_4_bits(base):
     assert not generation.AGREE[generation.LLAMA_BF16](bfloat16, nf4)  # which is told apart from 16 bits
 
 
+def test_logits_in_int16_are_compared_with_those_in_float32(base, monkeypatch):
+    case = {"model": "tiny", "tokens": 1, "base": base, "files": {}}
+    generation.CONTENDERS[generation.INT16](**case)
+    monkeypatch.setattr(generation, "TOLERANCE_INT16", 1e-8)
+    with pytest.raises(ValueError, match="int16 are not those of float32"):
+        generation.CONTENDERS[generation.INT16](**case)
+
+
 def test_a_token_reads_every_weight_once_but_of_an_embedding_a_row(base, monkeypatch):
     from entrenar.llama import Llama, LlamaConfig
     from entrenar.nn import unfilled
@@ -692,12 +700,13 @@ def test_a_token_reads_every_weight_once_but_of_an_embedding_a_row(base, monkeyp
 
 def generated(bench):
     """A model of 1 GB that is read at 20 GB/s, and what its contenders took."""
-    seconds = {generation.BFLOAT16: [0.0625], generation.NF4: [0.05], generation.TORCH_FLOAT32: [0.5],
+    seconds = {generation.BFLOAT16: [0.0625], generation.NF4: [0.05], generation.INT16: [0.025],
+               generation.TORCH_FLOAT32: [0.5],
                generation.TORCH_BFLOAT16: [0.25], generation.LLAMA_BF16: [0.125], generation.LLAMA_F16: [0.1],
                generation.LLAMA_Q4_0: [0.05]}  # fmt: skip
     peaks = dict.fromkeys(seconds, 10**9)
     bench.machine["fma_peak"] = 1e12
-    weights = {generation.BFLOAT16: 10**9, generation.NF4: 3 * 10**8}
+    weights = {generation.BFLOAT16: 10**9, generation.NF4: 3 * 10**8, generation.INT16: 3 * 10**8}
     return generation.Measured(bench, "1.1b", Times(seconds), Times(dict(seconds)), peaks, weights, 20e9, flops=10**9)
 
 
@@ -709,8 +718,8 @@ def test_rows_of_generation_take_the_best_of_the_peers(bench):
     assert decoding.share == "80% of reading 20.0 GB/s" and "4 of transformers in bfloat16" in decoding.note
     bandwidth = generation.row_of_bandwidth(measured)
     assert bandwidth.measured.median == pytest.approx(0.8) and bandwidth.met
-    bf16, four_bits, reading, memory = generation.against_llama_cpp(measured)
-    assert [row.measured.median for row in (bf16, four_bits, reading)] == [2.0, 1.0, 1.0]
+    bf16, int16, four_bits, reading, memory = generation.against_llama_cpp(measured)
+    assert [row.measured.median for row in (bf16, int16, four_bits, reading)] == [2.0, 2.0, 1.0, 1.0]
     assert memory.measured.median == 1.0
 
 
@@ -720,7 +729,7 @@ def test_without_llama_cpp_its_rows_say_so(bench):
     for name in generation.LLAMA:
         del measured.writing.seconds[name], measured.reading.seconds[name]
     rows = list(generation.against_llama_cpp(measured))
-    assert all(row.measured is None and "peer not installed" in row.note for row in rows[:3])
+    assert all(row.measured is None and "peer not installed" in row.note for row in rows[:4])
 
 
 def test_llama_cpp_says_where_it_was_looked_for(monkeypatch, tmp_path):

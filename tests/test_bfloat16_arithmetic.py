@@ -146,7 +146,7 @@ def far(got, want) -> float:
 
 
 def test_an_arithmetic_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="compute = 'float16': wanted one of float32, bfloat16"):
+    with pytest.raises(ValueError, match="compute = 'float16': wanted one of float32, int16, bfloat16"):
         dataclasses.replace(random_packed(np.random.default_rng(7), "nf4", 4, 64), compute="float16")
 
 

@@ -235,6 +235,21 @@ def test_a_storage_that_is_none_is_told_with_the_nearest(made, capsys):
     assert code == 2 and "--storage: nf5: wanted one of" in err and "did you mean nf4?" in err
 
 
+def test_text_is_written_in_int16_with_weights_in_4_bits_unless_something_else_is_asked_for(made, tmp_path):
+    def computes(path, **how):
+        return {m.compute for _, m in open_model(path, **how).model.named_packed()}
+
+    run = tuned.run(tmp_path / "run", made / "base", storage="nf4")
+    Llama.from_pretrained(made / "base", storage="fp4").save_pretrained(tmp_path / "fp4")
+    shutil.copy(made / "base" / "tokenizer.json", tmp_path / "fp4")
+    for path, how in ((made / "base", {"storage": "nf4"}), (run, {}), (tmp_path / "fp4", {"usual": "stored"})):
+        assert computes(path, writes=True, **how) == {"int16"}
+        assert computes(path, **how) == {"float32"}
+        assert computes(path, writes=True, compute="float32", **how) == {"float32"}
+    assert computes(made / "base", writes=True, storage="q8_0") == {"float32"}
+    assert computes(made / "base", writes=True, usual="stored") == set()
+
+
 # generate and eval
 
 

@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 from kernel_cases import CASES, PACKED, ROUNDINGS, check, mismatch, normal, random_packed, rounding_mismatch
 from test_bfloat16_arithmetic import SHAPES, exact, in_bfloat16, inputs, product
+from test_int16_arithmetic import KINDS, in_int16
+from test_int16_arithmetic import SHAPES as FEW_SHAPES
+from test_int16_arithmetic import exact as exact_int16
 
 from entrenar.kernels import reference
 
@@ -113,6 +116,17 @@ def test_products_in_bfloat16(kind, direction, other, native):
         w = in_bfloat16(random_packed(rng, kind, O, I))
         x = inputs(rng, direction, N, w)
         assert not mismatch(product(native, direction)(x, w), *exact(direction, x, w)), (N, O, I)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_in_int16(kind, other, native):
+    rng = np.random.default_rng(6)
+    for N, O, I in FEW_SHAPES:
+        w, x = in_int16(random_packed(rng, kind, O, I)), normal(rng, N, I)
+        assert not mismatch(native.packed_linear(x, w), *exact_int16(x, w)), (N, O, I)
+    got = native.packed_linears(x, [w, w.smooth])
+    assert got[1].tobytes() == native.packed_linear(x, w.smooth).tobytes()
+    assert got[0].tobytes() == native.packed_linear(x, w).tobytes()
 
 
 def test_extreme_values_go_where_the_formula_takes_them(other, native):

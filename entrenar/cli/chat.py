@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from entrenar.cli.conversation import Conversation, Manner, compared
     from entrenar.data.chat import load_template
 
-    found = opened(args, NAME)
+    found = opened(args, NAME, writes=True)
     conversation = Conversation(found, load_template(found.tokenizer, args.template),
                                 Manner(how, args.max_tokens, args.seed), by=found.turns[0])  # fmt: skip
     conversation.system = args.system

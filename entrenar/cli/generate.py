@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     how = sampling(args)
     _check(args)
     prompt = read_prompt(args.prompt)
-    found = opened(args, NAME)
+    found = opened(args, NAME, writes=True)
     ids = prompt_ids(found, prompt, args.max_tokens, truncate=args.truncate_prompt)
     texts = [(turn, number) for turn in found.turns for number in range(args.count)]
     page = Page(sys.stdout)

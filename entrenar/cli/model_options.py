@@ -23,15 +23,18 @@ def add_model_options(add: Callable[..., Any]) -> None:
         help="an adapter to use, or off; may come again")  # fmt: skip
     add("--base", metavar="DIR", help="where the model of an adapter is now")
     told_together(
-        add("--storage", metavar="T", choices=STORAGES, help="weights: nf4, q8_0, stored, ...; products: bfloat16"),
-        add("--compute", metavar="T", choices=COMPUTES, help="products with such weights: float32, bfloat16"),
+        add("--storage", metavar="T", choices=STORAGES, help="weights: nf4, stored, ...; products: int16, float32"),
+        add("--compute", metavar="T", choices=COMPUTES, help="products with such weights: float32, int16, ..."),
     )
 
 
-def opened(args: argparse.Namespace, verb: str) -> Opened:
-    """The model that was asked for, with its adapters; what is to be known of it is said on stderr."""
+def opened(args: argparse.Namespace, verb: str, *, writes: bool = False) -> Opened:
+    """The model that was asked for, with its adapters; what is to be known of it is said on stderr.
+
+    writes   it is for writing text: with weights in 4 bits, in int16 where nothing else is asked for
+    """
     from entrenar.cli.models import open_model
 
     return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, compute=args.compute,
-                      usual="stored",
+                      usual="stored", writes=writes,
                       warn=lambda text: print(f"entrenar {verb}: {text}", file=sys.stderr))  # fmt: skip

@@ -21,6 +21,7 @@ from entrenar.cli.parser import CommandLineError
 from entrenar.data import Tokenizer, TokenizerError, load_tokenizer
 from entrenar.formats import FormatError
 from entrenar.formats.strict_json import read_object
+from entrenar.kernels.packed import TABLES
 from entrenar.llama import Llama
 from entrenar.llama.pretrained import config_values
 from entrenar.training.checkpoint import STATE, SUMS, newest, saved_steps, verify
@@ -72,14 +73,15 @@ class Opened:
 
 def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Sequence[str] = (),
                base: str | None = None, storage: str | None = None, compute: str | None = None,
-               usual: str | None = None) -> Opened:  # fmt: skip
+               usual: str | None = None, writes: bool = False) -> Opened:  # fmt: skip
     """Read model, tokenizer and adapters; a checkpoint's files are compared with their hashes first.
 
     adapters   "FOLDER", "NAME=FOLDER", or "off" for the model alone; none: the model as `path` says
     base       where the model of the adapter `path` is
     storage    how to hold the weights; None: as the run of the first adapter held them, else as `usual` says (None: as
                float32)
-    compute    the arithmetic of products with weights in a storage format; None: float32
+    compute    the arithmetic of products with weights in a storage format; None: float32, or int16 where the model is
+               to write a text (`writes`) with weights in 4 bits
     warn       is told of each newer checkpoint of a run that is broken and was passed over, and of a base that is
                another than the adapter was trained on
 
@@ -101,8 +103,11 @@ def open_model(path: str | Path, *, warn: Warn = lambda text: None, adapters: Se
     for one in asked.adapters:
         if one not in own:
             the_same(one.folder, folder, warn)
-    how = {} if storage or is_quantized(folder) or not asked.adapters else held_as(asked.adapters[0].folder)
-    model = Llama.from_pretrained(folder, compute=compute or "float32", **{"storage": storage or usual, **how})
+    quantized = is_quantized(folder)
+    how = {} if storage or quantized or not asked.adapters else held_as(asked.adapters[0].folder)
+    how = {"storage": storage or usual, **how}
+    usual_compute = "int16" if writes and (quantized or how["storage"] in TABLES) else "float32"
+    model = Llama.from_pretrained(folder, compute=compute or usual_compute, **how)
     tokenizer = _tokenizer(folder, asked.adapters, model, warn)
     _must_match(path, tokenizer, model)
     for one in asked.adapters:

@@ -12,9 +12,9 @@ import numpy as np
 
 from entrenar.kernels import checks, reference_packed
 from entrenar.kernels.calling import Array, at, at_ints, empty, ffi, float32, floats, ints, lib, scratch
-from entrenar.kernels.packed import KINDS, TABLES, Nested, Packed
+from entrenar.kernels.packed import INTEGER_SCALES, INTEGERS, KINDS, TABLES, Nested, Packed
 
-BYTES = ffi.typeof("uint8_t *")
+BYTES, SHORTS = ffi.typeof("uint8_t *"), ffi.typeof("int16_t *")
 NO_TABLE = np.zeros(16, np.float32)  # C loads a table's registers whatever the kind
 
 described: weakref.WeakKeyDictionary[Packed, object] = weakref.WeakKeyDictionary()
@@ -35,6 +35,8 @@ def describe(w: Packed):
     made.kind, made.block = KINDS.index(w.kind), w.block
     made.rows, made.columns = w.shape
     made.bfloat16 = w.compute == "bfloat16"
+    if w.in_integers:
+        made.integers, made.integer_scale = ffi.from_buffer(SHORTS, INTEGERS[w.kind]), INTEGER_SCALES[w.kind]
     if isinstance(w.scales, Nested):
         n = w.scales
         made.nested_codes = ffi.from_buffer(BYTES, n.codes)

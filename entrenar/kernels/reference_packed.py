@@ -12,7 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from entrenar.kernels import checks
-from entrenar.kernels.packed import FEW_ROWS, TABLES, Nested, Packed
+from entrenar.kernels.packed import (
+    FEW_ROWS,
+    GROUP,
+    INTEGER_SCALES,
+    INTEGERS,
+    TABLES,
+    Nested,
+    Packed,
+)
 from entrenar.kernels.reference_quantize import round_bfloat16
 
 Array = np.ndarray
@@ -28,23 +36,23 @@ def unpack_scales(w: Packed) -> Array:
 
 def unpack(w: Packed) -> Array:
     """W (O, I) float32: a table's value or an int8, times its block's scale; of bfloat16 the same number."""
-    return _values(w, np.arange(w.size)).reshape(w.shape)
+    return _values(w, np.arange(w.size), TABLES.get(w.kind)).reshape(w.shape)
 
 
 def unpack_rows(ids: Array, w: Packed) -> Array:
     """W[ids]          ids (...) integers   -> (..., I) float32"""
     ids = checks.indices("unpack_rows", "ids", ids, w.shape[0])
-    return _values(w, ids[..., None] * w.shape[1] + np.arange(w.shape[1]))
+    return _values(w, ids[..., None] * w.shape[1] + np.arange(w.shape[1]), TABLES.get(w.kind))
 
 
-def _values(w: Packed, places: Array) -> Array:
-    """The values at `places` of the flat matrix."""
+def _values(w: Packed, places: Array, table: Array | None) -> Array:
+    """The values at `places` of the flat matrix; of nibbles, by `table`."""
     if w.kind == "bfloat16":
         return (w.codes[places].astype(np.uint32) << 16).view(np.float32)
-    if w.kind == "q8_0":
+    if table is None:
         values = w.codes[places].astype(np.float32)
     else:
-        values = TABLES[w.kind][(w.codes[places // 2] >> (4 * (1 - places % 2))) & 15]
+        values = table[(w.codes[places // 2] >> (4 * (1 - places % 2))) & 15]
     return values * unpack_scales(w)[places // w.block]
 
 
@@ -66,11 +74,25 @@ def operands(x: Array, w: Packed) -> tuple[Array, Array]:
     return x, W.astype(x.dtype)
 
 
+def integer_operands(x: Array, w: Packed) -> tuple[Array, Array]:
+    """x (N, I) and W as a product of few rows multiplies them in int16, both of x's type.
+
+    Each group of 64 of x, and the table, as whole numbers times one scale: sums of a group are exact in 32 bits. What
+    is less than 2^-99 counts as 0.
+    """
+    groups = np.ascontiguousarray(x, np.float32).reshape(-1, GROUP)
+    scale = np.maximum(np.abs(groups).max(axis=1, keepdims=True) / np.float32(2**14), np.float32(2.0**-98))
+    whole = np.rint(groups.astype(np.float64) * (1 / scale)).astype(x.dtype)
+    table = INTEGERS[w.kind] / INTEGER_SCALES[w.kind]
+    W = _values(w, np.arange(w.size), table).reshape(w.shape)
+    return (whole * scale.astype(x.dtype)).reshape(x.shape), W.astype(x.dtype)
+
+
 def packed_linear(x: Array, w: Packed) -> Array:
     """y = x W^T          x (N, I)   W (O, I)   y (N, O)"""
     checks.packed("packed_linear", x, w, 1)
     with np.errstate(all="ignore"):
-        x, W = operands(x, w)
+        x, W = (integer_operands if w.in_integers and len(x) <= FEW_ROWS else operands)(x, w)
         return x @ W.T
 
 

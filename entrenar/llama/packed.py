@@ -72,7 +72,7 @@ def states_of(values: Mapping[str, Any], files: Mapping[str, SafeTensors], where
 def fill_frozen(model: Llama, own: Mapping[str, Tensor], files: Mapping[str, SafeTensors], states: Mapping[str, Any], *,
                 storage: str, double_quant: bool, compute: str, where: str) -> Iterator[str]:  # fmt: skip
     """Give every weight its place, those of `states` as bitsandbytes has them; yield what cannot be. Freezes all."""
-    packed = 0
+    kinds = set()
     for name, tensor in own.items():
         assert len(tensor.shape) <= 2
         used = [name, *(f"{name}.{part}" for part in states.get(name, ()))]
@@ -86,10 +86,13 @@ def fill_frozen(model: Llama, own: Mapping[str, Tensor], files: Mapping[str, Saf
             for each in used:
                 files[each].release(each)
         if isinstance(weight, Packed):
-            weight, packed = dataclasses.replace(weight, compute=compute), packed + 1
+            weight = dataclasses.replace(weight, compute=compute)
+            kinds.add(weight.kind)
         place(model, name, weight)
     model.freeze()
-    if compute != "float32" and not packed:
+    if compute == "int16" and kinds.isdisjoint(TABLES):
+        yield "none of its weights are in 4 bits, which int16 is for; storage = nf4 keeps them so"
+    elif compute != "float32" and not kinds:
         yield f"its files hold floats, whose products are float32, not {compute}; storage = bfloat16 keeps them so"
 
 

@@ -93,8 +93,10 @@ def from_pretrained(folder: str | Path, *, storage: str | None = None, double_qu
                       blocks are kept as "nf4", "fp4", "q8_0", "bfloat16", or "stored": as the file has them (float32
                       where that is not bfloat16). A folder that bitsandbytes quantized is read as it is, frozen.
     double_quant      nf4, fp4: the scales in 8 bits
-    compute           the arithmetic of products with weights in a storage format: "float32", or "bfloat16", which
-                      rounds both operands and adds in float32: twice as fast where the processor has AVX512_BF16
+    compute           the arithmetic of products with weights in a storage format: "float32"; "int16" for writing text
+                      with weights in 4 bits: products of a few rows, of which no gradient is wanted, in whole numbers
+                      of 15 bits, up to twice as fast; or "bfloat16", which rounds the operands of more rows and adds
+                      in float32: twice as fast where the processor has AVX512_BF16
     allow_nonfinite   read weights that hold NaN or infinity too (to look for where they came from); not in a format
     Raises FormatError: with everything in the configuration that makes it another model; with every tensor that is
     missing, unexpected or misshapen; with every one that is not finite.

@@ -16,7 +16,7 @@ from entrenar.kernels import checks
 from entrenar.kernels.packed import Packed
 from entrenar.ops.elementwise import operands, tensor, unbroadcast
 from entrenar.ops.shape import reshape
-from entrenar.tensor import Op, Tensor
+from entrenar.tensor import Op, Tensor, is_recording
 
 
 def rows(x: np.ndarray) -> np.ndarray:
@@ -48,7 +48,12 @@ class Matmul(Op):
 
 def times_transposed(x: np.ndarray, w: np.ndarray | Packed) -> np.ndarray:
     """x W^T          x (N, I)   W (O, I), floats or packed   -> (N, O)"""
-    return kernels.packed_linear(x, w) if isinstance(w, Packed) else kernels.matmul(x, w.T)
+    return kernels.packed_linear(x, in_use(w)) if isinstance(w, Packed) else kernels.matmul(x, w.T)
+
+
+def in_use(w: Packed) -> Packed:
+    """The matrix to multiply rows by: where gradients may be asked for, one whose product has them."""
+    return w.smooth if is_recording() else w
 
 
 def times(dy: np.ndarray, w: np.ndarray | Packed) -> np.ndarray:
