@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.driver import Agreement, Bench, Times
-from benchmarks.groups import bases, llama_cpp, writing
+from benchmarks.groups import bases, llama_cpp, machine, writing
 from benchmarks.protocol import Case
 from benchmarks.report import Row, Target
 from benchmarks.spread import Spread
@@ -29,6 +29,7 @@ BFLOAT16, NF4, ARITHMETIC = "entrenar-bfloat16", "entrenar-nf4", "entrenar-bfloa
 INT16 = "entrenar-nf4-int16"  # as `entrenar generate` writes with weights in 4 bits
 TORCH_FLOAT32, TORCH_BFLOAT16 = "torch-float32", "torch-bfloat16"
 LLAMA_BF16, LLAMA_F16, LLAMA_Q4_0 = "llama-bf16", "llama-f16", "llama-q4_0"
+MEMORY = "memory"  # what can be read, of which decoding has a share: it takes turns with the others
 TORCH, LLAMA = (TORCH_FLOAT32, TORCH_BFLOAT16), (LLAMA_BF16, LLAMA_F16, LLAMA_Q4_0)
 NAMES = {
     BFLOAT16: "ours in bfloat16",
@@ -95,6 +96,7 @@ CONTENDERS = {
     TORCH_FLOAT32: partial(with_torch, "float32"),
     TORCH_BFLOAT16: partial(with_torch, "bfloat16"),
     **{name: partial(with_llama_cpp, name) for name in LLAMA},
+    MEMORY: machine.summing,
 }
 
 
@@ -136,7 +138,6 @@ class Measured:
     reading: Times
     peaks: dict[str, int]
     weights: dict[str, int]  # bytes a token, of ours
-    bandwidth: float  # of reading
     flops: int  # of a token of the prompt
 
     def writes(self, name: str) -> float:
@@ -146,11 +147,14 @@ class Measured:
     def reads(self, name: str) -> float:
         return PROMPT / self.reading.of(name).median
 
-    def share(self, name: str) -> float:
-        return self.weights[name] * self.writes(name) / self.bandwidth
+    def shares(self, name: str) -> Spread:
+        """Bytes of weights a second, over those that were read in the same rounds."""
+        both = zip(self.writing.seconds[name], self.writing.seconds[MEMORY], strict=True)
+        return Spread.of((self.weights[name] / ours) / (machine.READ / memory) for ours, memory in both)
 
     def bandwidth_share(self, name: str) -> str:
-        return f"{self.share(name):.0%} of reading {self.bandwidth / 1e9:.1f} GB/s"
+        read = machine.READ / self.writing.of(MEMORY).median
+        return f"{self.shares(name).median:.0%} of reading {read / 1e9:.1f} GB/s"
 
     def peak_share(self, name: str) -> str:
         return self.bench.share_of_peak(self.flops * self.reads(name))
@@ -174,11 +178,10 @@ def race(bench: Bench, model: str, *, llama: bool) -> Measured:
     with bases.written(bench, model, "bfloat16") as folders:
         base = folders["base"]
         files = gguf_files(bench, base, [name for name in contenders if name in LLAMA])
-        bandwidth = max(bench.machine["reading"], bench.worker("entrenar").call("machine", "reading"))
-        with bench.apart(contenders) as workers:
+        with bench.apart([*contenders, MEMORY]) as workers:
             how |= {"workers": workers, "base": base, "files": files}
-            decoding = bench.race("generation", contenders, tokens=1, seconds=DECODING, **how)
-            peaks = {name: worker.peak() for name, worker in workers.items()}
+            decoding = bench.race("generation", [*contenders, MEMORY], tokens=1, seconds=DECODING, **how)
+            peaks = {name: workers[name].peak() for name in contenders}
             # A prompt has too many rows for int16. Held to AVX2, PyTorch has no arithmetic in bfloat16: one takes it
             # nearly twice as long as in float32
             left_out = (INT16, TORCH_BFLOAT16) if bench.isa else (INT16,)
@@ -187,7 +190,7 @@ def race(bench: Bench, model: str, *, llama: bool) -> Measured:
             weights = {name: workers[name].call("generation", "bytes_a_token", contender=name, base=base)
                        for name in ours}  # fmt: skip
     flops = bench.worker("entrenar").call("generation", "flops_per_token", model=model, context=PROMPT)
-    return Measured(bench, model, decoding, reading, peaks, weights, bandwidth, flops)
+    return Measured(bench, model, decoding, reading, peaks, weights, flops)
 
 
 def gguf_files(bench: Bench, base: str, contenders: Sequence[str]) -> dict[str, str]:
@@ -234,10 +237,9 @@ def against_transformers(m: Measured) -> Iterator[Row]:
 
 
 def row_of_bandwidth(m: Measured) -> Row:
-    shares = [m.weights[BFLOAT16] / seconds / m.bandwidth for seconds in m.writing.seconds[BFLOAT16]]
     note = f"{m.weights[BFLOAT16] / 1e9:.2f} GB of weights a token, {m.writes(BFLOAT16):.3g} tokens/s"
     return Row("generation", f"{m.model} in bfloat16, decoding: bytes of weights a second, over what can be read", "x",
-               Spread.of(shares), Target(">=", 0.75), m.bandwidth_share(BFLOAT16), note)  # fmt: skip
+               m.shares(BFLOAT16), Target(">=", 0.75), m.bandwidth_share(BFLOAT16), note)  # fmt: skip
 
 
 def against_llama_cpp(m: Measured) -> Iterator[Row]:

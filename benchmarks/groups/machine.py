@@ -21,6 +21,7 @@ from benchmarks.report import unquiet
 from benchmarks.spread import Spread
 
 COPIED = 512 << 20  # bytes, half of them read and half written
+READ = 512 << 20  # bytes
 
 # -- asked of a contender's process
 
@@ -72,17 +73,24 @@ def bandwidth() -> float:
     return best
 
 
-def reading(megabytes: int = 512) -> float:
-    """Bytes per second that all threads read, of an array too large for any cache: by kernels.sum_of_squares, which
-    goes through it once; the best of a few."""
+def summing(**_: Any) -> Case:
+    """kernels.sum_of_squares, which reads an array too large for any cache once: a contender that others take turns
+    with, to tell what share of what can be read was theirs.
+    """
     from entrenar import kernels
 
-    source = np.ones(megabytes << 18, np.float32)
+    source = np.ones(READ // 4, np.float32)
+    return Case(lambda: kernels.sum_of_squares(source))
+
+
+def reading() -> float:
+    """Bytes per second of that; the best of a few."""
+    (read,) = summing().runs
     best = 0.0
     for _ in range(5):
         started = time.perf_counter()
-        kernels.sum_of_squares(source)
-        best = max(best, source.nbytes / (time.perf_counter() - started))
+        read()
+        best = max(best, READ / (time.perf_counter() - started))
     return best
 
 
