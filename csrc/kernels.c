@@ -6,6 +6,7 @@
 
 #include "parallel.h"
 #include "simd.h"
+#include "simd_int16.h"
 
 #include "packed.c.inc"
 #include "matmul_tile.c.inc"
