@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ISAS
 from kernel_cases import EPS, PACKED, TINY, mismatch, normal, random_packed
+from small_base import SHAPE, write_base
 
 from entrenar import kernels, optim, random
 from entrenar.adapters import LoraConfig, adapt
@@ -20,7 +21,7 @@ from entrenar.formats import FormatError
 from entrenar.kernels import reference
 from entrenar.kernels.packed import FEW_ROWS, Packed
 from entrenar.kernels.reference_packed import operands, rounded
-from entrenar.llama import Llama, LlamaConfig
+from entrenar.llama import Llama
 from entrenar.training.config import ConfigError, FineTuning, read_config
 
 HALF_STEP = 2.0**-9
@@ -152,14 +153,9 @@ def test_an_arithmetic_that_is_none_is_refused():
 
 # -- learning
 
-SHAPE = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, initializer_range=0.1)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    random.seed(0)
-    return Llama(SHAPE).save_pretrained(tmp_path_factory.mktemp("models") / "base", dtype="bfloat16")
+    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 def adapted(base, compute: str, storage: str = "nf4") -> Llama:

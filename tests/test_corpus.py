@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from preparing import LINES, write_documents
 
 from entrenar.data import CorpusError, find_sources, read_documents
 from entrenar.data import corpus as corpus_module
@@ -30,7 +31,6 @@ try:
 except ImportError:
     from backports import zstd
 
-LINES = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200))
 
 
 def scanned(source, *, held_out=0.05, skip_bad=False):
@@ -61,10 +61,7 @@ def bad_rows(path):
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "text").mkdir()
-    for i in range(60):
-        (tmp_path / "text" / f"{i:02d}.txt").write_text(f"document {i}\n" + LINES[: 100 * i + 10])
-    return tmp_path / "text"
+    return write_documents(tmp_path / "text")
 
 
 # --- which side -------------------------------------------------------------------------------------------

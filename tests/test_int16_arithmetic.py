@@ -11,13 +11,14 @@ import dataclasses
 import numpy as np
 import pytest
 from kernel_cases import TINY, bound_matmul, mismatch, normal, random_packed
+from small_base import write_base
 
-from entrenar import Tensor, nn, ops, random
+from entrenar import Tensor, nn, ops
 from entrenar.formats import FormatError
 from entrenar.kernels import reference
 from entrenar.kernels.packed import FEW_ROWS, GROUP, INTEGER_SCALES, INTEGERS, TABLES, Packed
 from entrenar.kernels.reference_packed import integer_operands
-from entrenar.llama import Llama, LlamaConfig, generate
+from entrenar.llama import Llama, generate
 from entrenar.tensor import no_grad
 from entrenar.training.config import ConfigError, FineTuning, read_config
 
@@ -183,14 +184,9 @@ def test_what_is_recorded_is_float32_and_so_is_the_gradient(native):
 
 # -- the switch
 
-SHAPE = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, initializer_range=0.1)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    random.seed(0)
-    return Llama(SHAPE).save_pretrained(tmp_path_factory.mktemp("models") / "base", dtype="bfloat16")
+    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 def test_text_written_in_int16_is_the_text_of_float32(base):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from preparing import LINES, Said, write_documents
 from tokenizer_kinds import KINDS, TEXT
 
 from entrenar.data import (
@@ -29,25 +30,10 @@ from entrenar.data import yardsticks as yardsticks_module
 from entrenar.data.corpus import is_held_out
 from entrenar.data.scan import cut_of
 
-LINES = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200))
-
-
-class Said(list):
-    """A `say` that remembers: (text, done, total)."""
-
-    def __call__(self, text, done=0, total=0):
-        self.append((text, done, total))
-
-    def texts(self):
-        return [text for text, _, _ in self]
-
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "text").mkdir()
-    for i in range(60):
-        (tmp_path / "text" / f"{i:02d}.txt").write_text(f"document {i}\n" + LINES[: 100 * i + 10])
-    return tmp_path / "text"
+    return write_documents(tmp_path / "text")
 
 
 @pytest.fixture

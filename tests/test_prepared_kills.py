@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SAME_PACKAGE
+from preparing import LINES, Said, write_documents
 
 from entrenar.data import CorpusError, find_sources, prepare
 from entrenar.data import encoding as encoding_module
@@ -22,25 +23,10 @@ from entrenar.data import preparing as preparing_module
 from entrenar.data.tokenfile import TokenWriter
 from entrenar.data.work import Work
 
-LINES = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200))
-
-
-class Said(list):
-    """A `say` that remembers: (text, done, total)."""
-
-    def __call__(self, text, done=0, total=0):
-        self.append((text, done, total))
-
-    def texts(self):
-        return [text for text, _, _ in self]
-
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "text").mkdir()
-    for i in range(60):
-        (tmp_path / "text" / f"{i:02d}.txt").write_text(f"document {i}\n" + LINES[: 100 * i + 10])
-    return tmp_path / "text"
+    return write_documents(tmp_path / "text")
 
 
 @pytest.fixture

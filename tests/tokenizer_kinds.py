@@ -4,10 +4,11 @@ import json
 import struct
 from pathlib import Path
 
+from preparing import LINES
+
 from entrenar.data import END, ByteTokenizer, load_tokenizer, train_bpe
 from entrenar.data.tokenizer_cuts import CL100K
 
-LINES = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200))
 TEXT = [LINES, "def f(x):\n    return x\n" * 20, "naïve café, 日本語 and Москва: it's the    end\r\n" * 20]
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
