@@ -17,7 +17,13 @@
 enum { GROUP = 64 };
 typedef float vs __attribute__((vector_size(32)));
 ALWAYS_INLINE vs vs_set(float x) { return (vs){x, x, x, x, x, x, x, x}; }
-ALWAYS_INLINE float vs_sum(vs v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+ALWAYS_INLINE float vs_sum(vs v) {
+    typedef float half __attribute__((vector_size(16)));
+    half of[2];
+    memcpy(of, &v, sizeof of);
+    const half sum = of[0] + of[1];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
 
 // to = the lower halves of 64 numbers, which hold what they are in 16 bits
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
