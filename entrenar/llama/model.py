@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from entrenar import ops
-from entrenar.kernels.packed import Packed
+from entrenar import kernels, ops
+from entrenar.kernels.packed import FEW_ROWS, Packed
 from entrenar.llama.config import LlamaConfig
-from entrenar.nn import Embedding, Linear, Module, RMSNorm, side_by_side
+from entrenar.nn import Embedding, Linear, Module, RMSNorm, side_by_side, unnoticed
 from entrenar.ops.loss import Reduction
 from entrenar.tensor import Tensor
 
@@ -53,7 +53,8 @@ def rope_tables(config: LlamaConfig, length: int, dtype: Any = np.float32) -> tu
 class KVCache:
     """The keys and values of the tokens already read, per layer: (B, KH, capacity, D) each, filled from the left.
 
-    A head's lie behind one another: whoever reads them reads on. Plain arrays, for generation: no gradient flows through them.
+    A head's lie behind one another, and so are read from end to end. Plain arrays, for generation: no gradient flows
+    through them.
     """
 
     def __init__(self, config: LlamaConfig, *, batch: int = 1, capacity: int | None = None,
@@ -125,6 +126,9 @@ class MLP(Module):
         self.down_proj = Linear(F, C, bias=bias, std=_residual_std(config), dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.size <= FEW_ROWS * x.shape[-1] and (weights := unnoticed(x, self.gate_proj, self.up_proj, self.down_proj)):
+            y = kernels.packed_mlp(x.data.reshape(-1, x.shape[-1]), *weights)
+            return Tensor(y.reshape(*x.shape[:-1], y.shape[-1]))
         return self.down_proj(ops.swiglu(*side_by_side(x, self.gate_proj, self.up_proj)))
 
 
