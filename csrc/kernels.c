@@ -24,11 +24,12 @@
 #include "embedding.c.inc"
 #include "optimizer.c.inc"
 
-// ---- attention and the fused loss: they use the kernels above ----
+// ---- attention, the fused loss, feed-forward: they use the kernels above ----
 #include "attention_block.c.inc"
 #include "attention_few.c.inc"
 #include "attention.c.inc"
 #include "linear_cross_entropy.c.inc"
+#include "packed_mlp.c.inc"
 
 #include "peak.c.inc"
 #include "quantize.c.inc"

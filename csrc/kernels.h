@@ -135,7 +135,7 @@ void ent_adamw_steps(const ent_adamw_parameter *parameters, int64_t count, float
 // sum_k sum_i x[k][i]^2 in double;  x (count) arrays of sizes (count);  scratch sum_k ceil(sizes[k] / 4096) doubles
 double ent_sum_of_squares(const float *const *x, const int64_t *sizes, int64_t count, double *restrict scratch);
 
-// ---- attention.c.inc, linear_cross_entropy.c.inc -----------------------------------------------------------------
+// ---- attention.c.inc, linear_cross_entropy.c.inc, packed_mlp.c.inc -----------------------------------------------
 
 // o[b,t,h] = sum_s p[s] v[b,s,y], p = softmax over s <= t + S - T of scale * q[b,t,h] . k[b,s,y], y = h KH / H
 // starts (B, T) or NULL: only s >= starts[b,t] then, where S = T, 0 <= starts[b,t] <= t, not decreasing along T
@@ -170,6 +170,12 @@ void ent_linear_cross_entropy(float *restrict losses, float *dx, float *dw, cons
                               const int64_t *restrict rows, float *restrict scratch, int64_t threads,
                               double scale, int64_t N, int64_t C, int64_t V, int64_t chunk);
 int64_t ent_linear_cross_entropy_scratch(int64_t threads, int64_t chunk, int64_t C, int64_t V);
+
+// y = (silu(x Wgate^T) * (x Wup^T)) Wdown^T, bit for bit as one by one;  x (N, I), y (N, O), ws = Wgate (F, I),
+// Wup (F, I), Wdown (O, F);  `scratch` holds ent_packed_mlp_scratch() floats, 64-byte aligned. None of N, I, F, O is 0.
+void ent_packed_mlp(float *restrict y, const float *restrict x, const ent_packed *const *ws, float *restrict scratch,
+                    int64_t threads, int64_t N);
+int64_t ent_packed_mlp_scratch(int64_t threads, int64_t N, int64_t I, int64_t F);
 
 // ---- peak.c.inc --------------------------------------------------------------------------------------------------
 

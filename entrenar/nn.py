@@ -177,19 +177,31 @@ class Linear(Module):
         return ops.linear_cross_entropy(x, self.weight, targets, reduction=reduction)
 
 
-def side_by_side(x: Tensor, *layers: Module) -> list[Tensor]:
-    """[layer(x) for layer in layers], bit for bit: several that read one x.
+def side_by_side(x: Tensor, *layers: Module, width: int | None = None) -> list[Tensor]:
+    """[layer(x) for layer in layers], bit for bit: several that read one x. With a width, cut into (..., n, width).
 
-    Where they are plain, frozen in a storage format, and neither recorded nor watched, one kernel does them all: to
-    write one token, waking the threads costs about as much as a small product.
+    Where `unnoticed` one kernel does them all: to write one token, waking the threads costs about as much as a small
+    product.
     """
+    weights = unnoticed(x, *layers)
+    if not weights:
+        ys = [layer(x) for layer in layers]
+        return ys if width is None else [y.reshape(*y.shape[:-1], -1, width) for y in ys]
+    before, channels = x.shape[:-1], x.shape[-1]
+    arrays = kernels.packed_linears(x.data.reshape(-1, channels), weights)
+    return [Tensor(y.reshape(*before, *((y.shape[1],) if width is None else (-1, width)))) for y in arrays]
+
+
+def unnoticed(x: Tensor, *layers: Module) -> list[Packed]:
+    """The layers' weights, where one kernel for several of them will not be missed as several operations; else none.
+
+    That is where all are plain, frozen in a storage format, and neither recorded nor watched.
+    """
+    if (is_recording() and x.requires_grad) or current_watcher() is not None:
+        return []
     plain = [layer for layer in layers if type(layer) is Linear and layer.bias is None]
     weights = [in_use(layer.weight) for layer in plain if isinstance(layer.weight, Packed)]
-    if len(weights) < len(layers) or (is_recording() and x.requires_grad) or current_watcher() is not None:
-        return [layer(x) for layer in layers]
-    shape = x.shape
-    ys = kernels.packed_linears(x.data.reshape(-1, shape[-1]), weights)
-    return [Tensor(y.reshape(*shape[:-1], y.shape[-1])) for y in ys]
+    return weights if len(weights) == len(layers) else []
 
 
 class Embedding(Module):

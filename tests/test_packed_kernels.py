@@ -19,6 +19,8 @@ from entrenar.gradcheck import gradcheck
 from entrenar.kernels import reference
 from entrenar.kernels.memory import HUGE, TOGETHER, Lasting, lasting
 from entrenar.kernels.packed import FP4, NF4, Nested, Packed
+from entrenar.llama import LlamaConfig
+from entrenar.llama.model import MLP
 from entrenar.tensor import no_grad, watched
 
 SHAPES = ((1, 1), (3, 5), (7, 64), (5, 200), (2, 4160), (3, 16448), (70, 130))
@@ -134,6 +136,64 @@ def test_several_matrices_at_once_have_the_bits_of_one_after_the_other(N, kinds,
                 assert y.tobytes() == native.packed_linear(x, w).tobytes(), (I, threads, w.kind, w.shape)
 
 
+@pytest.mark.parametrize("N", [0, 1, 3, 8, 9])
+@pytest.mark.parametrize("kinds", [("bfloat16",) * 3, ("nf4", "q8_0", "fp4"), ("q8_0", "nf4 nested", "nf4")])
+def test_feed_forward_at_once_has_the_bits_of_one_product_after_the_other(N, kinds, isa, native, thread_count):
+    """Wider than it is high and higher than it is wide, in whole steps and not, worth threads and not; int16 too."""
+    rng = np.random.default_rng(14)
+    for I, F, O in ((64, 192, 64), (192, 64, 100), (100, 30, 5), (1024, 512, 600)):
+        gate, up, down = (
+            random_packed(rng, kind, *shape) for kind, shape in zip(kinds, ((F, I), (F, I), (O, F)), strict=True)
+        )
+        x = normal(rng, N, I)
+        for compute in ("float32", "int16"):
+            ws = [dataclasses.replace(w, compute=compute) for w in (gate, up, down)]
+            for threads in (1, 2, 3):
+                thread_count(threads)
+                h = native.swiglu_forward(*native.packed_linears(x, ws[:2]))
+                got = native.packed_mlp(x, *ws)
+                assert got.shape == (N, O)
+                assert got.tobytes() == native.packed_linear(h, ws[2]).tobytes(), (I, F, O, compute, threads)
+        precise = native.packed_mlp(x.astype(np.float64), gate, up, down)
+        assert precise.dtype == np.float64
+        assert precise.tobytes() == reference.packed_mlp(x.astype(np.float64), gate, up, down).tobytes()
+
+
+def test_feed_forward_refuses_matrices_that_do_not_follow_one_another(native):
+    rng = np.random.default_rng(15)
+    gate, up, down, x = (random_packed(rng, "bfloat16", *s) for s in ((6, 64), (5, 64), (64, 6), (1, 64)))
+    for backend in (native, reference):
+        with pytest.raises(ValueError, match=r"wants gate \(F, I\).*got \(6, 64\), \(5, 64\) and \(64, 6\)"):
+            backend.packed_mlp(normal(rng, 1, 64), gate, up, down)
+        with pytest.raises(ValueError, match=r"wants rows of shape \(N, 64\), got \(1, 6\)"):
+            backend.packed_mlp(normal(rng, 1, 6), gate, gate, down)
+
+
+def test_a_llamas_feed_forward_is_one_kernel_for_few_rows_that_nobody_records_or_watches(monkeypatch):
+    rng, calls = np.random.default_rng(16), []
+    mlp = MLP(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1,
+                          vocab_size=8), np.float32)  # fmt: skip
+    together = kernels.packed_mlp
+    monkeypatch.setattr(kernels, "packed_mlp", lambda *args: calls.append(1) or together(*args))
+
+    def same_and_calls(x: Tensor) -> int:
+        calls.clear()
+        want = mlp.down_proj(ops.swiglu(mlp.gate_proj(x), mlp.up_proj(x))).data
+        assert mlp(x).data.tobytes() == want.tobytes()
+        return len(calls)
+
+    few, many = (Tensor(normal(rng, 1, T, 64)) for T in (8, 9))
+    with no_grad():
+        assert same_and_calls(few) == 0  # weights are floats
+        for _, layer in mlp.children():
+            layer.weight = random_packed(rng, "nf4", *layer.weight.shape)
+        assert same_and_calls(few) == 1
+        assert same_and_calls(many) == 0
+        with watched(Watches()):
+            assert same_and_calls(few) == 0
+    assert same_and_calls(Tensor(few.data, requires_grad=True)) == 0
+
+
 def test_layers_side_by_side_are_one_kernel_where_nobody_records_or_watches_them(monkeypatch):
     rng, calls = np.random.default_rng(13), []
     layers = [nn.Linear(64, outputs) for outputs in (10, 6)]
@@ -145,7 +205,11 @@ def test_layers_side_by_side_are_one_kernel_where_nobody_records_or_watches_them
         """Whether the values are those of one layer after the other, and who made them."""
         calls.clear()
         got, want = nn.side_by_side(x, *layers), [layer(x) for layer in layers]
-        return all(g.data.tobytes() == w.data.tobytes() for g, w in zip(got, want, strict=True)) and calls == expected
+        if calls != expected or any(g.data.tobytes() != w.data.tobytes() for g, w in zip(got, want, strict=True)):
+            return False
+        cut = nn.side_by_side(x, *layers, width=2)
+        return [y.shape for y in cut] == [(2, 3, 5, 2), (2, 3, 3, 2)] and all(
+            c.data.tobytes() == g.data.tobytes() for c, g in zip(cut, got, strict=True))
 
     with no_grad():
         assert same_and_together([])  # weights are floats

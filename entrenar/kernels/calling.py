@@ -42,7 +42,8 @@ def floats(a: Array) -> Array:
 
 def strided(a: Array) -> Array:
     """As `floats`, but any strides will do while the last axis is contiguous and the others step forward."""
-    if a.flags.aligned and a.dtype is F32 and a.strides[-1] == 4 and min(a.strides) >= 4:
+    flags = a.flags
+    if flags.aligned and a.dtype is F32 and (flags.c_contiguous or a.strides[-1] == 4 and min(a.strides) >= 4):
         return a
     return floats(a)
 
@@ -57,13 +58,12 @@ def at(a: Array):
     return from_buffer(FLOATS, a)
 
 
+FIRST = (slice(1),) * 64  # an array of one element, which is contiguous; NumPy has no more axes
+
+
 def at_strided(a: Array):
-    """Pointer to the first element of any float32 array; the caller keeps the array alive."""
-    if a.flags.c_contiguous:
-        return from_buffer(FLOATS, a)
-    if a.flags.f_contiguous:
-        return from_buffer(FLOATS, a.T)
-    return ffi.cast(FLOATS, a.ctypes.data)
+    """Pointer to the first element of any float32 array, which it keeps alive."""
+    return from_buffer(FLOATS, a if a.flags.c_contiguous else a[FIRST[: a.ndim]])
 
 
 def at_ints(a: Array):

@@ -44,6 +44,15 @@ def packed(kernel: str, x: np.ndarray, w: Packed, axis: int) -> None:
         raise ValueError(f"{kernel}: a packed matrix of shape {w.shape} wants rows of shape {wanted}, got {x.shape}")
 
 
+def packed_mlp(x: np.ndarray, gate: Packed, up: Packed, down: Packed) -> None:
+    """x (N, I), gate and up (F, I), down (O, F)."""
+    packed("packed_mlp", x, gate, 1)
+    if up.shape != gate.shape or down.shape[1] != gate.shape[0]:
+        raise ValueError(
+            f"packed_mlp: wants gate (F, I), up (F, I) and down (O, F), got {gate.shape}, {up.shape} and {down.shape}"
+        )
+
+
 def flat(kernel: str, x: np.ndarray) -> None:
     """x (n,) floats."""
     if x.ndim != 1 or x.dtype.kind != "f":

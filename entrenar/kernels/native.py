@@ -232,6 +232,17 @@ def swiglu_forward(gate: Array, up: Array) -> Array:
     return y
 
 
+def packed_mlp(x: Array, gate: Packed, up: Packed, down: Packed) -> Array:
+    checks.packed_mlp(x, gate, up, down)
+    (F, I), N, O = gate.shape, len(x), down.shape[0]
+    if not (float32(x) and N and I and F and O):
+        return reference.packed_mlp(x, gate, up, down)
+    x, y, threads = floats(x), empty(N, O), lib.ent_num_threads
+    work = scratch(lib.ent_packed_mlp_scratch(threads, N, I, F))
+    lib.ent_packed_mlp(at(y), at(x), [packed(gate), packed(up), packed(down)], work, threads, N)
+    return y
+
+
 def swiglu_backward(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
     checks.same_shape("swiglu_backward", "dy gate up", dy, gate, up)
     if not float32(dy, gate, up):

@@ -24,7 +24,8 @@ from entrenar.kernels.calling import (
 
 def head_strides(*arrays: Array):
     """The element strides of q, k, v along their first three axes; cffi makes an array of them for the call."""
-    return [stride // 4 for a in arrays for stride in a.strides[:3]]
+    q, k, v = (a.strides for a in arrays)
+    return [stride // 4 for stride in q[:3] + k[:3] + v[:3]]
 
 
 def at_starts(starts: Array | None):

@@ -37,7 +37,7 @@ from entrenar.kernels.reference_softmax import (
 
 __all__ = [  # the kernels, each of them also in native.py; besides, ops/elementwise.py reads sigmoid and erf
     "matmul", "matmul_add",
-    "unpack", "unpack_rows", "packed_linear", "packed_linears", "packed_linear_backward",
+    "unpack", "unpack_rows", "packed_linear", "packed_linears", "packed_mlp", "packed_linear_backward",
     "quantize_4bit", "quantize_q8_0", "round_bfloat16",
     "softmax_forward", "softmax_backward", "log_softmax_forward", "log_softmax_backward",
     "rms_norm_forward", "rms_norm_backward", "layer_norm_forward", "layer_norm_backward",
@@ -181,6 +181,12 @@ def swiglu_forward(gate: Array, up: Array) -> Array:
     checks.same_shape("swiglu", "gate up", gate, up)
     with silent():
         return gate * sigmoid(gate) * up
+
+
+def packed_mlp(x: Array, gate: Packed, up: Packed, down: Packed) -> Array:
+    """y = (silu(x Wgate^T) * (x Wup^T)) Wdown^T          x (N, I)   gate, up (F, I)   down (O, F)   y (N, O)"""
+    checks.packed_mlp(x, gate, up, down)
+    return packed_linear(swiglu_forward(*packed_linears(x, (gate, up))), down)
 
 
 def swiglu_backward(dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:

@@ -100,7 +100,7 @@ def candidates(logits: np.ndarray, how: Sampling, seen: Sequence[int] = ()) -> t
     if how.repetition_penalty != 1:
         logits = _penalized(logits.astype(np.float64), seen, how.repetition_penalty)
     best = int(np.argmax(logits))  # the first NaN, where there is one
-    if not np.isfinite(logits[best]):
+    if not math.isfinite(logits[best]):
         raise ValueError(f"sampling: token {best} has logit {logits[best]}: the model's weights hold NaN or infinity")
     if how.temperature == 0:
         return np.array([best]), np.ones(1)

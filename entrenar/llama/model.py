@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from entrenar import ops
-from entrenar.kernels.packed import Packed
+from entrenar import kernels, ops
+from entrenar.kernels.packed import FEW_ROWS, Packed
 from entrenar.llama.config import LlamaConfig
-from entrenar.nn import Embedding, Linear, Module, RMSNorm, side_by_side
+from entrenar.nn import Embedding, Linear, Module, RMSNorm, side_by_side, unnoticed
 from entrenar.ops.loss import Reduction
 from entrenar.tensor import Tensor
 
@@ -51,16 +51,17 @@ def rope_tables(config: LlamaConfig, length: int, dtype: Any = np.float32) -> tu
 
 
 class KVCache:
-    """The keys and values of the tokens already read, per layer: (B, capacity, KH, D) each, filled from the left.
+    """The keys and values of the tokens already read, per layer: (B, KH, capacity, D) each, filled from the left.
 
-    Plain arrays, for generation: no gradient flows through them.
+    A head's lie behind one another, and so are read from end to end. Plain arrays, for generation: no gradient flows
+    through them.
     """
 
     def __init__(self, config: LlamaConfig, *, batch: int = 1, capacity: int | None = None,
                  dtype: Any = np.float32) -> None:  # fmt: skip
         capacity = config.max_position_embeddings if capacity is None else capacity
         _, KH, D = config.heads
-        shape = (config.num_hidden_layers, batch, capacity, KH, D)
+        shape = (config.num_hidden_layers, batch, KH, capacity, D)
         self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
         self.length, self.capacity = 0, capacity
 
@@ -76,15 +77,15 @@ class KVCache:
         end = self.length + k.shape[1]
         if end > self.capacity:
             raise ValueError(f"KVCache: {end} tokens do not fit a capacity of {self.capacity}")
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        keys, values = (part[layer, :, :, :end].swapaxes(1, 2) for part in (self.keys, self.values))
+        keys[:, self.length :], values[:, self.length :] = k, v
+        return keys, values
 
 
 def _with_room(part: np.ndarray, length: int, capacity: int) -> np.ndarray:
-    L, B, _, KH, D = part.shape
-    room = np.zeros((L, B, capacity, KH, D), part.dtype)
-    room[:, :, :length] = part[:, :, :length]
+    L, B, KH, _, D = part.shape
+    room = np.zeros((L, B, KH, capacity, D), part.dtype)
+    room[..., :length, :] = part[..., :length, :]
     return room
 
 
@@ -106,8 +107,8 @@ class Attention(Module):
     def forward(self, x: Tensor, cos: np.ndarray, sin: np.ndarray, cache: KVCache | None = None,
                 starts: np.ndarray | None = None) -> Tensor:  # fmt: skip
         B, T, _ = x.shape
-        parts = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (part.reshape(B, T, -1, self.head_dim) for part in parts)  # (B, T, H, D), (B, T, KH, D) twice
+        # (B, T, H, D), (B, T, KH, D) twice
+        q, k, v = side_by_side(x, self.q_proj, self.k_proj, self.v_proj, width=self.head_dim)
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         if cache is not None:
             k, v = (Tensor(part) for part in cache.extend(self.layer, k.data, v.data))  # (B, S, KH, D)
@@ -125,6 +126,9 @@ class MLP(Module):
         self.down_proj = Linear(F, C, bias=bias, std=_residual_std(config), dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.size <= FEW_ROWS * x.shape[-1] and (weights := unnoticed(x, self.gate_proj, self.up_proj, self.down_proj)):
+            y = kernels.packed_mlp(x.data.reshape(-1, x.shape[-1]), *weights)
+            return Tensor(y.reshape(*x.shape[:-1], y.shape[-1]))
         return self.down_proj(ops.swiglu(*side_by_side(x, self.gate_proj, self.up_proj)))
 
 

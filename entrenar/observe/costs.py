@@ -63,6 +63,11 @@ def _packed_linears(x: np.ndarray, ws: Sequence[Packed]) -> int:
     return sum(_packed_linear(x, w) for w in ws)
 
 
+def _packed_mlp(x: np.ndarray, gate: Packed, up: Packed, down: Packed) -> int:
+    units = (x.size // x.shape[-1]) * gate.shape[0]
+    return _packed_linears(x, (gate, up)) + (EXP + 4) * units + 2 * units * down.shape[0]
+
+
 def seen(q: np.ndarray, k: np.ndarray, starts: np.ndarray | None = None) -> int:
     """How many pairs of a query and a key that it sees: of one head, over the batch."""
     B, T, S = *q.shape[:2], k.shape[1]
@@ -97,6 +102,7 @@ OPERATIONS: dict[str, Callable[..., float]] = {
     "matmul_add": lambda c, a, b: _matmul(a, b) + c.size,
     "packed_linear": _packed_linear,
     "packed_linears": _packed_linears,
+    "packed_mlp": _packed_mlp,
     "packed_linear_backward": _packed_linear,
     "attention_forward": lambda q, k, v, starts=None, **_: _forward(q, k, starts),
     "attention_backward": lambda do, q, k, v, o, lse, starts=None, **_: _backward(q, k, starts),
@@ -139,6 +145,9 @@ SIZES: dict[str, Callable[..., str]] = {
     "packed_linear": lambda x, w: f"{x.size // x.shape[-1]} x {w.shape[1]} x {w.shape[0]} {w.kind}",
     "packed_linears": lambda x, ws: (
         f"{x.size // x.shape[-1]} x {ws[0].shape[1]} x ({' + '.join(str(w.shape[0]) for w in ws)}) {ws[0].kind}"
+    ),
+    "packed_mlp": lambda x, gate, up, down: (
+        f"{x.size // x.shape[-1]} x {gate.shape[1]} x 2 * {gate.shape[0]} x {down.shape[0]} {gate.kind}"
     ),
     "packed_linear_backward": lambda dy, w: f"{dy.size // dy.shape[-1]} x {w.shape[0]} x {w.shape[1]} {w.kind}",
     "linear_cross_entropy": lambda x, w, *_, **__: f"{x.shape[0]} x {w.shape[1]} x {w.shape[0]}",
