@@ -54,9 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate each file; returns 0. Raises CommandLineError before the model takes its time."""
     _check(args)
-    from entrenar import kernels
-
-    kernels.keep_freed_memory()
     found = opened(args, NAME)
     limit = found.model.config.max_position_embeddings
     context = args.context or found.context

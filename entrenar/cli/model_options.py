@@ -33,8 +33,11 @@ def opened(args: argparse.Namespace, verb: str, *, writes: bool = False) -> Open
 
     writes   it is for writing text: with weights in 4 bits, in int16 where nothing else is asked for
     """
+    from entrenar import kernels
     from entrenar.cli.models import open_model
 
-    return open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, compute=args.compute,
-                      usual="stored", writes=writes,
-                      warn=lambda text: print(f"entrenar {verb}: {text}", file=sys.stderr))  # fmt: skip
+    found = open_model(args.model, adapters=args.adapter, base=args.base, storage=args.storage, compute=args.compute,
+                       usual="stored", writes=writes,
+                       warn=lambda text: print(f"entrenar {verb}: {text}", file=sys.stderr))  # fmt: skip
+    kernels.keep_freed_memory()  # not before: what making weights freed is given back
+    return found
