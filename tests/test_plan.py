@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SAME_PACKAGE
-from held import BATCH, CONTEXT, Forgetful, Whole, most_held, two_steps
+from held import BATCH, CONTEXT, Forgetful, most_held, two_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -126,15 +126,11 @@ def traced_peak(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool) 
     return most_held(lambda: two_steps(Llama(shape, checkpointing=checkpointing), micro_batches))
 
 
-class WholeRehearsal(Whole, Rehearsal):
-    pass
-
-
 class ForgetfulRehearsal(Forgetful, Rehearsal):
     pass
 
 
-def rehearsed(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool, kind=WholeRehearsal) -> int:
+def rehearsed(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool, kind=Rehearsal) -> int:
     rehearsal = kind(shape, batch=BATCH, context=CONTEXT, micro_batches=micro_batches, checkpointing=checkpointing,
                      threads=kernels.get_num_threads())  # fmt: skip
     rehearsal.draw = lambda: None

@@ -24,7 +24,6 @@ from entrenar.training.curve import SCALE, Curve
 from entrenar.training.heap import Array, Heap
 
 ABSURD = 1 << 40  # tokens, channels or words
-COLUMNS = 2048  # of a block of csrc/matmul.c.inc
 IMAGE_BLOCK = 1 << 22  # points: 16 MB, Pillow's
 
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "AdamW's two moments"
@@ -174,13 +173,9 @@ class Rehearsal:
         self.heap.drop(sin, angles)
 
     def scratch(self, floats: int) -> None:
-        """A kernel wants so many; a product of matrices touches as many columns of them as its result has."""
-        product = scratch_floats("matmul", self.threads)
-        widest = max(self.C, self.F, self.Q, self.V if floats > product else 0)
-        self._lend(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
-
-    def _lend(self, floats: int) -> None:
-        """What an earlier kernel got stays where it suffices; what the reference makes goes at once."""
+        """A kernel wants so many: what an earlier one got stays where it suffices; what the reference makes goes at
+        once. All of it counts, though a narrow product touches little: in huge pages that is nearly all of them.
+        """
         if kernels.info().backend != "native":
             self.heap.drop(self.heap.take(SCRATCH, floats))
         elif floats > self.lent_floats:
