@@ -214,6 +214,18 @@ def test_arrays_with_a_mapping_of_their_own_go_back_and_leave_no_gap():
     assert first.start == -1 and heap.top == 0 and heap.peak == heap.most == heap.now
 
 
+def test_what_is_there_for_a_moment_lies_beside_what_lives_not_beside_the_gaps():
+    heap = Heap()
+    first, second = heap.take("x", 10_000), heap.take("x", 1000)
+    heap.drop(first)
+    before = heap.peak
+    heap.add_alone("picture", before - second.size)
+    assert heap.peak == before and not heap.at_peak["picture"]
+    heap.add_alone("picture", before)
+    assert heap.peak == heap.most == before + second.size
+    assert heap.at_peak == {"picture": before, "x": second.size}
+
+
 # ---- the plan
 
 
