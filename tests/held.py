@@ -46,15 +46,8 @@ def two_steps(model: Llama, micro_batches: int = 1) -> None:
             model.loss(ids, ids)
 
 
-class Whole:
-    """Before a rehearsal's class: all of the kernels' scratch memory counts, as tracemalloc counts it."""
-
-    def scratch(self, floats):
-        self._lend(floats)
-
-
-class Forgetful(Whole):
-    """Besides drops a layer's gate too early, as if the backward of swiglu did without it."""
+class Forgetful:
+    """Before a rehearsal's class: drops a layer's gate too early, as if the backward of swiglu did without it."""
 
     def block(self, i, x, name, *, keep):
         y, saved = super().block(i, x, name, keep=keep)

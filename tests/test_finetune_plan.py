@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import SAME_PACKAGE
 from fine_runs import finetune, make_base, words, write_rows
-from held import BATCH, CONTEXT, Forgetful, Whole, most_held, two_steps
+from held import BATCH, CONTEXT, Forgetful, most_held, two_steps
 
 from entrenar import kernels
 from entrenar.adapters import adapt
@@ -80,10 +80,6 @@ SHAPE = LlamaConfig(vocab_size=900, hidden_size=128, intermediate_size=352, num_
                     num_attention_heads=4, max_position_embeddings=256)  # fmt: skip
 
 
-class WholeRehearsal(Whole, FineRehearsal):
-    pass
-
-
 class ForgetfulRehearsal(Forgetful, FineRehearsal):
     pass
 
@@ -99,7 +95,7 @@ def traced_peak(c: FineTuning) -> int:
     return most_held(job)
 
 
-def rehearsed(c: FineTuning, kind: type[FineRehearsal] = WholeRehearsal) -> int:
+def rehearsed(c: FineTuning, kind: type[FineRehearsal] = FineRehearsal) -> int:
     tried = trial(c, SHAPE)
     shapes = Rehearsal(SHAPE, 1, 1).parameters()
     held = {name: held_bytes(shape, None, double_quant=True) for name, shape in shapes.items()}

@@ -94,12 +94,11 @@ def said(case: Case) -> int:
 
 @pytest.fixture
 def small(monkeypatch):
-    """124m is something small for once. All of the kernels' scratch counts, and codes lie alone, not in a piece of
-    which a part is free: tracemalloc sees not what is touched."""
+    """124m is something small for once. Codes lie alone, not in a piece of which a part is free: tracemalloc sees not
+    what is touched."""
     monkeypatch.setitem(memory_arithmetic.SHAPES, "124m", SHAPE)
     for module in (blockwise, bitsandbytes):
         monkeypatch.setattr(module, "lasting", np.empty)
-    monkeypatch.setattr(memory_arithmetic.Rehearsal, "scratch", memory_arithmetic.Rehearsal._lend)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SAME_PACKAGE
-from held import BATCH, CONTEXT, Forgetful, Whole, most_held, two_steps
+from held import BATCH, CONTEXT, Forgetful, most_held, two_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -126,15 +126,11 @@ def traced_peak(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool) 
     return most_held(lambda: two_steps(Llama(shape, checkpointing=checkpointing), micro_batches))
 
 
-class WholeRehearsal(Whole, Rehearsal):
-    pass
-
-
 class ForgetfulRehearsal(Forgetful, Rehearsal):
     pass
 
 
-def rehearsed(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool, kind=WholeRehearsal) -> int:
+def rehearsed(shape: LlamaConfig, *, micro_batches: int, checkpointing: bool, kind=Rehearsal) -> int:
     rehearsal = kind(shape, batch=BATCH, context=CONTEXT, micro_batches=micro_batches, checkpointing=checkpointing,
                      threads=kernels.get_num_threads())  # fmt: skip
     rehearsal.draw = lambda: None
@@ -216,6 +212,18 @@ def test_arrays_with_a_mapping_of_their_own_go_back_and_leave_no_gap():
     heap.drop(first)
     heap.take("x", 6000)
     assert first.start == -1 and heap.top == 0 and heap.peak == heap.most == heap.now
+
+
+def test_what_is_there_for_a_moment_lies_beside_what_lives_not_beside_the_gaps():
+    heap = Heap()
+    first, second = heap.take("x", 10_000), heap.take("x", 1000)
+    heap.drop(first)
+    before = heap.peak
+    heap.add_alone("picture", before - second.size)
+    assert heap.peak == before and not heap.at_peak["picture"]
+    heap.add_alone("picture", before)
+    assert heap.peak == heap.most == before + second.size
+    assert heap.at_peak == {"picture": before, "x": second.size}
 
 
 # ---- the plan

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from fine_runs import make_base, write_rows
 from PIL import Image
 
 from entrenar import Tensor, kernels, ops
@@ -144,6 +145,16 @@ def test_the_shares_of_the_json_add_up_to_the_step(capsys):
     assert found["tokens"] == 2 * 2 * 32
     calls = {line["kernel"]: line["calls"] for line in found["kernels"]}
     assert calls["linear_cross_entropy"] == 2 and calls["attention_forward"] == 2 * 2
+
+
+def test_a_step_of_fine_tuning_is_one_as_well_learning_rate_and_length_left_to_their_defaults(tmp_path, capsys):
+    make_base(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl")
+    of_base = ["--base.model", str(tmp_path / "base"), "--data.source", str(tmp_path / "rows.jsonl")]
+    assert main(["profile", *of_base, "--training.batch_size", "2", "--steps", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 2 * 128  # as long as the base has positions
+    assert {"linear_cross_entropy", "adamw_steps"} <= {line["kernel"] for line in found["kernels"]}
 
 
 @pytest.mark.parametrize(

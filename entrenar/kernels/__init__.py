@@ -85,6 +85,12 @@ def set_num_threads(n: int) -> None:
         backend.set_num_threads(n)
 
 
+def give_back_scratch() -> None:
+    """Frees the working memory that kernels keep between this thread's calls."""
+    if backend is not reference:
+        backend.scratch.give_back()
+
+
 def info() -> Info:
     """What runs here and why."""
     if backend is reference:

@@ -86,6 +86,7 @@ class Scratch(threading.local):
     """Working memory lent to kernels, 64-byte aligned, one for each Python thread. It is kept between calls, because
     fresh pages cost more than most kernels, and grows when a kernel asks for more."""
     size = 0
+    memory: Array | None = None
     pointer = ffi.NULL
 
     def __call__(self, size: int):
@@ -95,6 +96,10 @@ class Scratch(threading.local):
             offset = -self.memory.ctypes.data % 64 // 4
             self.pointer, self.size = from_buffer(FLOATS, self.memory[offset:]), size
         return self.pointer
+
+    def give_back(self) -> None:
+        """Frees what this thread's kernels were lent; the next that asks gets new memory."""
+        self.memory, self.pointer, self.size = None, ffi.NULL, 0
 
 
 scratch = Scratch()

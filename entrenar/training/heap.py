@@ -80,6 +80,13 @@ class Heap:
             else:
                 self._add_gap(array.start, array.size)
 
+    def add_alone(self, name: str, size: int) -> None:
+        """So many bytes, for a moment, beside what lives: the gaps went back to the system before."""
+        self._remember()
+        self.most = max(self.most, self.now + size)
+        if self.now + size > self.peak:
+            self.peak, self.at_peak = self.now + size, self.living + Counter({name: size})
+
     def rename(self, array: Array, name: str) -> Array:
         """It lives on as something else."""
         self._remember()

@@ -218,7 +218,8 @@ def refused(error: OSError, trainer: Trainer) -> OSError:
 
 
 def pictures(trainer: Trainer, here: machine.Machine) -> None:
-    """curve.png and report.html of everything so far."""
+    """curve.png and report.html of everything so far; what the steps no longer hold need not be there beside them."""
+    machine.give_back_memory()
     write_file(trainer.run / "curve.png", render(trainer.task.curve(trainer, here)))
     write_report(trainer.run)
 

@@ -45,6 +45,7 @@ ORDER = (WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS, LAYERS, INPUTS, BLOCK, HEAD, LOG
 
 TOKEN_BYTES = 550  # of memory per token of a BPE: measured between 2,048 tokens and 32,000
 BAR = 24  # letters
+HUGE_PAGE = 2 << 20  # bytes
 MOST_LAYERS = 128  # are rehearsed; each more adds as much as those before
 
 
@@ -190,7 +191,9 @@ def extrapolated(rehearse: Callable[[LlamaConfig], Arrays], shape: LlamaConfig) 
 def arrays_of(rehearsal: Rehearsal) -> Arrays:
     """The fullest moment of a rehearsed run."""
     heap = rehearsal.run()
-    return Arrays(heap.peak, +heap.at_peak)
+    # Where the C library keeps large arrays it has huge pages; of the first and the last, half is empty on average
+    ends = HUGE_PAGE if heap.own_mapping > HUGE_PAGE else 0
+    return Arrays(heap.peak + ends, +heap.at_peak)
 
 
 def own_mapping() -> int:
@@ -227,8 +230,8 @@ def buffers_of(arrays: Arrays, shape: LlamaConfig, *, batch: int, context: int,
         LOGITS: f"{logits // (FLOAT * shape.vocab_size):,} of {tokens:,} rows x {shape.vocab_size:,} at a time",
         GRADIENTS: "" if parts[GRADIENTS] else "none yet at that moment: they come as activations go",
         SCRATCH: f"{kernels.get_num_threads()} threads" if kernels.info().backend == "native" else "NumPy: about",
-        GAPS: "that the C library leaves",
-        PICTURE: "at the end, beyond all this",
+        GAPS: "that the C library leaves, and huge pages at their ends",
+        PICTURE: "at the end",
         **notes,
     }
     return [Buffer(name, parts[name], notes.get(name, "")) for name in ORDER if parts[name] or name == GRADIENTS]

@@ -45,9 +45,9 @@ class Step:
 
 def step_of(config: Run) -> Step:
     """Build it. Raises ConfigError and FormatError where the configuration or the model it names cannot be used."""
+    config = config.settled
     if isinstance(config, FineTuning):
         shape = finetune.base_shape(config)
-        config = config.fitting(shape.max_position_embeddings)
         trial(config, shape)
         model, context = finetune.new_model(config), config.data.longest
     else:

@@ -8,7 +8,7 @@ import tempfile
 
 import numpy as np
 
-from entrenar import optim, random
+from entrenar import kernels, optim, random
 from entrenar.data import load_tokenizer, train_bpe
 from entrenar.llama import Llama, LlamaConfig, generate
 from entrenar.training import machine
@@ -18,6 +18,7 @@ from entrenar.training.curve import Curve, render
 def measured_program() -> int:
     """Bytes this process holds beside the run's arrays: interpreter, libraries, all code that a run goes through."""
     _go_through_the_code()
+    kernels.give_back_scratch()  # a run's own is counted among its arrays
     machine.give_back_memory()
     return machine.memory_used()
 

@@ -14,7 +14,6 @@ Counts float arrays and nothing else: what the process has beside them, pretrain
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 
 from entrenar import kernels
@@ -24,8 +23,6 @@ from entrenar.training.curve import SCALE, Curve
 from entrenar.training.heap import Array, Heap
 
 ABSURD = 1 << 40  # tokens, channels or words
-COLUMNS = 2048  # of a block of csrc/matmul.c.inc
-IMAGE_BLOCK = 1 << 22  # points: 16 MB, Pillow's
 
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "AdamW's two moments"
 LAYERS, INPUTS, BLOCK = "activations", "inputs of the blocks", "one block, computed again"
@@ -174,13 +171,9 @@ class Rehearsal:
         self.heap.drop(sin, angles)
 
     def scratch(self, floats: int) -> None:
-        """A kernel wants so many; a product of matrices touches as many columns of them as its result has."""
-        product = scratch_floats("matmul", self.threads)
-        widest = max(self.C, self.F, self.Q, self.V if floats > product else 0)
-        self._lend(floats - (product - product * min(widest, COLUMNS) // COLUMNS if floats >= product else 0))
-
-    def _lend(self, floats: int) -> None:
-        """What an earlier kernel got stays where it suffices; what the reference makes goes at once."""
+        """A kernel wants so many: what an earlier one got stays where it suffices; what the reference makes goes at
+        once. All of it counts, though a narrow product touches little: in huge pages that is nearly all of them.
+        """
         if kernels.info().backend != "native":
             self.heap.drop(self.heap.take(SCRATCH, floats))
         elif floats > self.lent_floats:
@@ -279,18 +272,10 @@ class Rehearsal:
         drop(losses, normed, x)
 
     def draw(self) -> None:
-        """The picture of the curve, once everything is trained: drawn larger, then made smaller, across and down."""
+        """The picture of the curve, once everything is trained: drawn larger, then made smaller, across and down, four
+        bytes per point. What the steps no longer hold has gone back before."""
         width, height = Curve.size
-        peak, fullest = self.heap.peak, self.heap.at_peak
-        sizes = (SCALE * width, SCALE * height), (width, SCALE * height), (width, height)
-        self.heap.drop(*[block for size in sizes for block in self._image(*size)])
-        if self.heap.peak > peak:  # most of it lies where activations were: what is told is what goes beyond them
-            self.heap.at_peak = fullest + Counter({PICTURE: self.heap.peak - peak})
-
-    def _image(self, width: int, height: int) -> list[Array]:
-        """As Pillow holds it: four bytes per point, some rows to a block."""
-        most = max(1, IMAGE_BLOCK // width)
-        return [self.heap.take(PICTURE, width, min(most, height - row)) for row in range(0, height, most)]
+        self.heap.add_alone(PICTURE, 4 * (SCALE * width * SCALE * height + width * SCALE * height + width * height))
 
     def _loss_scratch(self) -> None:
         self.scratch(scratch_floats("linear_cross_entropy", self.threads, self.N, self.C, self.V))
