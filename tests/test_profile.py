@@ -151,7 +151,8 @@ def test_a_step_of_fine_tuning_is_one_as_well_learning_rate_and_length_left_to_t
     make_base(tmp_path / "base")
     write_rows(tmp_path / "rows.jsonl")
     of_base = ["--base.model", str(tmp_path / "base"), "--data.source", str(tmp_path / "rows.jsonl")]
-    assert main(["profile", *of_base, "--training.batch_size", "2", "--steps", "1", "--json"]) == 0
+    small = ["--training.batch_size", "2", "--training.accumulation", "1", "--steps", "1"]
+    assert main(["profile", *of_base, *small, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 2 * 128  # as long as the base has positions
     assert {"linear_cross_entropy", "adamw_steps"} <= {line["kernel"] for line in found["kernels"]}
