@@ -100,20 +100,29 @@ class _Axes:
         radii = [max(3.5, 40 * math.sqrt(line.seconds / whole)) for line in lines]
         for line, place, radius in zip(lines, places, radii, strict=True):
             page.dot(place, radius, COLOURS.get(line.kernel.partition("_")[0], GREEN))
-        taken: list[tuple[float, float, float]] = []  # middles and half widths of names
-        for line, (x, y), radius in zip(lines, places, radii, strict=True):  # names lie above all dots
+        # Middles, half widths and half heights of all that a name must not cover: dots, and the names before
+        taken = [(x, y, radius, radius) for (x, y), radius in zip(places, radii, strict=True)]
+        for line, place, radius in zip(lines, places, radii, strict=True):  # names lie above all dots
             share = line.seconds / whole
             if share < LABELLED:
                 continue
             name = f"{line.kernel.replace('_', ' ')} {share:.1%}"
             half = page.text_width(name, 14) / 2
-            if radius > LARGE:
-                x, y, step = min(x, self.box[2] - half), y - radius - 14, -18
-            else:
-                aside, step = half + radius + 8, 18
-                crowded = any(0 < other[0] - x < 2 * aside and abs(other[1] - y) < 16 for other in places)
-                x = x - aside if crowded else x + aside
-            while any(abs(y - other) < 18 and abs(x - beside) < half + width + 4 for beside, other, width in taken):
-                y += step
-            taken.append((x, y, half))
+            x, y = self.free(place, radius, half, taken)
+            taken.append((x, y, half, 9))
             page.text((x, y), name, size=14, anchor="mm", halo=True)
+
+    def free(self, place: tuple[float, float], radius: float, half: float,
+             taken: Sequence[tuple[float, float, float, float]]) -> tuple[float, float]:  # fmt: skip
+        """Where a name of this half width covers nothing: near its dot, above a large one, beside a small one."""
+        (x, y), aside = place, half + radius + 8
+        if radius > LARGE:
+            spots = [(min(x, self.box[2] - half), y - radius - 14 - 18 * step) for step in range(9)]
+        else:
+            spots = [(x + side, y + 18 * step) for step in (0, 1, -1, 2, -2, 3, 4, 5, 6) for side in (aside, -aside)]
+        inside = [(u, v) for u, v in spots if self.box[0] < u - half and u + half <= self.box[2]] or spots
+
+        def covers(u: float, v: float) -> bool:
+            return any(abs(u - x) < half + w + 4 and abs(v - y) < 9 + h for x, y, w, h in taken)
+
+        return next((spot for spot in inside if not covers(*spot)), inside[0])
