@@ -153,6 +153,7 @@ def test_an_arithmetic_that_is_none_is_refused():
 
 # -- learning
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("models") / "base")

@@ -32,7 +32,6 @@ except ImportError:
     from backports import zstd
 
 
-
 def scanned(source, *, held_out=0.05, skip_bad=False):
     sources = find_sources(str(source))
     progress = Progress(sources, lambda text, done=0, total=0: None)

@@ -184,6 +184,7 @@ def test_what_is_recorded_is_float32_and_so_is_the_gradient(native):
 
 # -- the switch
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("models") / "base")

@@ -123,6 +123,6 @@ class _Axes:
         inside = [(u, v) for u, v in spots if self.box[0] < u - half and u + half <= self.box[2]] or spots
 
         def covers(u: float, v: float) -> bool:
-            return any(abs(u - x) < half + w + 4 and abs(v - y) < 9 + h for x, y, w, h in taken)
+            return any(abs(u - mid) < half + wide + 4 and abs(v - level) < 9 + high for mid, level, wide, high in taken)
 
         return next((spot for spot in inside if not covers(*spot)), inside[0])
